@@ -1,0 +1,109 @@
+"""Keep one task for each partition that Kafka has given to this worker.
+
+Decides when the work on a partition begins and ends, and turns the failure of one into the failure of the
+worker. It must not know what the tasks do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping
+
+from stream_app.adapters.partition import PartitionMemory, PartitionTask, Shell
+from stream_app.adapters.transport import Slice
+
+__all__ = ["Assignment"]
+
+logger = logging.getLogger(__name__)
+
+
+class Assignment:
+    """The partitions of one worker; what the transport calls `Partitions`.
+
+    Everything here runs on the worker's event loop.
+    """
+
+    def __init__(self) -> None:
+        self._shell: Shell | None = None
+        self._tasks: dict[int, PartitionTask] = {}
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._memory: dict[int, PartitionMemory] = {}
+        self._failure: asyncio.Future[BaseException] | None = None
+        #: Whether Kafka has ever given an assignment, an empty one included.
+        self.was_assigned = False
+        self._draining = False
+
+    def equip(self, shell: Shell) -> None:
+        """Give what the tasks need; before the first assignment."""
+        self._shell = shell
+        self._failure = asyncio.get_running_loop().create_future()
+
+    @property
+    def tasks(self) -> Mapping[int, PartitionTask]:
+        """Partitions that this worker owns or is about to claim."""
+        return self._tasks
+
+    def __iter__(self) -> Iterator[PartitionTask]:
+        return iter(list(self._tasks.values()))
+
+    # What the transport asks and tells.
+
+    def wants(self, partition: int) -> bool:
+        task = self._tasks.get(partition)
+        return task is not None and task.wants()
+
+    def assigned(self, partitions: frozenset[int]) -> None:
+        self.was_assigned = True
+        if self._shell is None or self._draining:
+            return
+        for partition in sorted(partitions - self._tasks.keys()):
+            memory = self._memory.setdefault(partition, PartitionMemory())
+            task = PartitionTask(partition, self._shell, memory)
+            self._tasks[partition] = task
+            running = asyncio.create_task(task.run(), name=f"partition-{partition}")
+            running.add_done_callback(self._note_end)
+            self._running[partition] = running
+
+    async def revoked(self, partitions: frozenset[int]) -> None:
+        running = []
+        for partition in partitions:
+            self._tasks.pop(partition, None)
+            task = self._running.pop(partition, None)
+            if task is not None:
+                task.cancel()
+                running.append(task)
+        if running:
+            await asyncio.wait(running)
+
+    def submit(self, part: Slice, acknowledge: Callable[[], object]) -> None:
+        task = self._tasks.get(part.partition)
+        if task is not None:
+            task.submit(part, acknowledge)
+
+    async def failed(self) -> BaseException:
+        if self._failure is None:
+            raise RuntimeError("expected equip() before failed()")
+        return await asyncio.shield(self._failure)
+
+    # What the worker asks and tells.
+
+    async def drain(self) -> None:
+        """Let every partition finish its step in hand, and end them all."""
+        self._draining = True
+        for task in self._tasks.values():
+            task.drain()
+        if self._running:
+            await asyncio.wait(self._running.values())
+
+    async def stop(self) -> None:
+        """End all partitions where they stand."""
+        self._draining = True
+        await self.revoked(frozenset(self._tasks))
+
+    def _note_end(self, running: asyncio.Task[None]) -> None:
+        if running.cancelled():
+            return
+        exc = running.exception()
+        if exc is not None and self._failure is not None and not self._failure.done():
+            self._failure.set_result(exc)

@@ -1,0 +1,88 @@
+-- commit(wm, due, outbox, definitions, profiles..., members...): make one step of a partition durable, all or nothing.
+--
+-- KEYS
+--   1 wm           HASH    owner, epoch, commit, watermark, stream_time_ms, definitions, ... (see claim.lua)
+--   2 due          ZSET    user_id -> instant of the user's next exit, Unix ms
+--   3 outbox       STREAM  messages committed and not yet known to be published; entry id <commit>-<n>
+--   4 definitions  HASH    fingerprint -> canonical JSON of segment sets in use
+--   5..            STRING  one profile per changed user, msgpack
+--   ..             ZSET    one member index per touched segment: user_id -> exits_at, Unix ms, or +inf
+--
+-- ARGV
+--   1 owner           2 epoch         3 expected commit number (the one before this)
+--   4 kind            'commit', or 'trim': only drop the published outbox
+--   5 watermark       6 stream_time_ms   7 definitions mark       each '' for "as it is"
+--   8 profiles        9 member keys  10 member changes  11 outbox entries    counts
+--   then per profile: user_id, blob, expiry (Unix ms, '' for none), due ('' for "as it is", '-' for none, else Unix ms)
+--   then per member change: index of its key, user_id, exits_at ('-' to remove)
+--   then the outbox entries
+--
+-- Checks, in this order: wm gone or older than mine -> {'LOST'}; another's -> {'FENCED', owner, epoch};
+-- commit number differs -> {'MISMATCH', stored}. Else {'OK', next due instant or ''}.
+local stored = redis.call('HMGET', KEYS[1], 'owner', 'epoch', 'commit')
+local owner, epoch, commit = stored[1], stored[2], stored[3]
+if not epoch or tonumber(epoch) < tonumber(ARGV[2]) then
+  return {'LOST'}
+end
+if owner ~= ARGV[1] or epoch ~= ARGV[2] then
+  return {'FENCED', owner, epoch}
+end
+if commit ~= ARGV[3] then
+  return {'MISMATCH', commit}
+end
+
+-- Whoever reaches this line has published everything that the outbox holds.
+redis.call('DEL', KEYS[3])
+
+if ARGV[4] == 'commit' then
+  local n_profiles, n_keys = tonumber(ARGV[8]), tonumber(ARGV[9])
+  local n_changes, n_outbox = tonumber(ARGV[10]), tonumber(ARGV[11])
+  local a = 12
+  for i = 1, n_profiles do
+    local user, blob, expiry, due = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3]
+    if expiry == '' then
+      redis.call('SET', KEYS[4 + i], blob)
+    else
+      redis.call('SET', KEYS[4 + i], blob, 'PXAT', expiry)
+    end
+    if due == '-' then
+      redis.call('ZREM', KEYS[2], user)
+    elseif due ~= '' then
+      redis.call('ZADD', KEYS[2], due, user)
+    end
+    a = a + 4
+  end
+  local members = 4 + n_profiles
+  for _ = 1, n_changes do
+    local key = KEYS[members + tonumber(ARGV[a])]
+    if ARGV[a + 2] == '-' then
+      redis.call('ZREM', key, ARGV[a + 1])
+    else
+      redis.call('ZADD', key, ARGV[a + 2], ARGV[a + 1])
+    end
+    a = a + 3
+  end
+  local number = string.format('%.0f', tonumber(commit) + 1)
+  for i = 1, n_outbox do
+    redis.call('XADD', KEYS[3], number .. '-' .. i, 'm', ARGV[a])
+    a = a + 1
+  end
+  if ARGV[7] ~= '' then
+    redis.call('HSET', KEYS[1], 'definitions', ARGV[7])
+    for _, id in ipairs(redis.call('HKEYS', KEYS[4])) do
+      if id ~= ARGV[7] then
+        redis.call('HDEL', KEYS[4], id)
+      end
+    end
+  end
+  if ARGV[6] ~= '' then
+    redis.call('HSET', KEYS[1], 'stream_time_ms', ARGV[6])
+  end
+  if ARGV[5] ~= '' then
+    redis.call('HSET', KEYS[1], 'watermark', ARGV[5])
+  end
+  redis.call('HSET', KEYS[1], 'commit', number)
+end
+
+local head = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
+return {'OK', head[2] or ''}

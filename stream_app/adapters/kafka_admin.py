@@ -1,0 +1,426 @@
+"""Questions to Kafka about itself, and the few orders that the service gives it.
+
+One object, `KafkaAdmin`, bounded in time, whose failures are sentences: which topics exist and how they
+are configured, where the log of a partition begins and ends, what a group has committed and whether it has
+members. It must not know settings, segments or Redis; what a topic of this service has to look like is
+decided in `stream_app.adapters.topics`.
+
+It stays with what both Apache Kafka and the embedded broker answer. Habits of the embedded broker shape it: a
+metadata request that names a topic creates the topic, so topics are always listed as a whole; a question for
+committed offsets must name its partitions; for the end of a log see `KafkaAdmin.end_offsets`.
+
+Source: the calls of `aiokafka.admin.AIOKafkaAdminClient` and `aiokafka.AIOKafkaConsumer`, aiokafka 0.14.
+"""
+
+# Errors are named as in stream_app.errors, to be read in sentences.
+# ruff: noqa: N818
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, TypeVar
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import (
+    GroupIdNotFound,
+    KafkaConnectionError,
+    KafkaError,
+    LeaderNotAvailableError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
+from aiokafka.protocol.admin import DeleteGroupsRequest
+from aiokafka.structs import TopicPartition
+
+from stream_app.errors import StreamAppError
+
+DEFAULT_TIMEOUT_S = 10.0
+
+_RETRY_PAUSE_S = 0.1
+_FETCH_WAIT_MS = 20
+_T = TypeVar("_T")
+
+
+class KafkaUnavailable(StreamAppError):
+    """Kafka did not answer within the deadline.
+
+    Parameters
+    ----------
+    bootstrap_servers
+        The addresses that were tried.
+    timeout_s
+        How long, seconds.
+    got
+        The last failure, in one line.
+    """
+
+    def __init__(self, bootstrap_servers: str, timeout_s: float, got: str) -> None:
+        super().__init__(
+            f"an answer within {timeout_s:g} s",
+            got,
+            f"Kafka at {bootstrap_servers}",
+            "Check kafka.bootstrap_servers and that the broker is up; `stream-app services` starts one for "
+            "trying things out.",
+        )
+
+
+class KafkaRefused(StreamAppError):
+    """Kafka answered, and the answer is an error that waiting does not cure."""
+
+    def __init__(self, bootstrap_servers: str, doing: str, got: str) -> None:
+        super().__init__(
+            f"to {doing}",
+            got,
+            f"Kafka at {bootstrap_servers}",
+            "Look the error up in Kafka's protocol errors; often it is a missing permission.",
+        )
+
+
+class TopicMissing(StreamAppError):
+    """A topic that the configuration names does not exist."""
+
+    def __init__(self, bootstrap_servers: str, topic: str) -> None:
+        super().__init__(
+            f"topic {topic!r} to exist",
+            "no such topic",
+            f"Kafka at {bootstrap_servers}",
+            "Run `stream-app topics`, which creates what is missing.",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TopicSpec:
+    """A topic to create.
+
+    Parameters
+    ----------
+    name
+        Its name.
+    partitions
+        How many, at least 1.
+    config
+        Topic settings by Kafka's own names and spellings; may be empty.
+    """
+
+    name: str
+    partitions: int
+    config: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Who answered: the cluster's id (None if it tells none) and its number of brokers."""
+
+    cluster_id: str | None
+    brokers: int
+
+
+class KafkaAdmin:
+    """A connection to Kafka for questions about topics, offsets and groups.
+
+    Use it with `async with`; every call, connecting included, answers or raises within `timeout_s`.
+
+    Parameters
+    ----------
+    bootstrap_servers
+        "host:port", several separated by commas.
+    timeout_s
+        Deadline of each call, seconds. Passing failures (no leader yet, coordinator moving) are tried again
+        until then.
+
+    Raises
+    ------
+    KafkaUnavailable
+        From any call: no answer within the deadline.
+    KafkaRefused
+        From any call: an answer that is a permanent error.
+    TopicMissing
+        From the calls about one topic.
+    """
+
+    def __init__(self, bootstrap_servers: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self._bootstrap_servers = bootstrap_servers
+        self._timeout_s = timeout_s
+        self._admin: AIOKafkaAdminClient | None = None
+
+    async def __aenter__(self) -> Self:
+        admin = AIOKafkaAdminClient(
+            bootstrap_servers=self._bootstrap_servers, request_timeout_ms=round(self._timeout_s * 1000)
+        )
+        try:
+            await self._call("connect", admin.start)
+        except BaseException:
+            await admin.close()
+            raise
+        self._admin = admin
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._admin is not None:
+            await self._admin.close()
+            self._admin = None
+
+    async def cluster(self) -> Cluster:
+        """Say which cluster this is.
+
+        Returns
+        -------
+        Cluster
+            Its id and its number of brokers.
+        """
+        described = await self._call("describe the cluster", self._client.describe_cluster)
+        return Cluster(described.get("cluster_id"), len(described["brokers"]))
+
+    async def partition_counts(self) -> dict[str, int]:
+        """Count the partitions of every topic.
+
+        Returns
+        -------
+        dict of str to int
+            All topics that exist; one that does not is absent (and is not created by asking).
+        """
+
+        async def describe() -> dict[str, int]:
+            counts = {}
+            for topic in await self._client.describe_topics():
+                kind = for_code(topic["error_code"])
+                if kind is UnknownTopicOrPartitionError:
+                    continue
+                if topic["error_code"]:
+                    raise kind(f"topic {topic['topic']!r}")
+                counts[topic["topic"]] = len(topic["partitions"])
+            return counts
+
+        return await self._call("list the topics", describe)
+
+    async def partition_count(self, topic: str) -> int:
+        """Count the partitions of one topic that has to exist.
+
+        Raises
+        ------
+        TopicMissing
+            If it does not.
+        """
+        counts = await self.partition_counts()
+        if topic not in counts:
+            raise TopicMissing(self._bootstrap_servers, topic)
+        return counts[topic]
+
+    async def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
+        """Create topics and wait until they are listed; one that another creates meanwhile is no error.
+
+        Each gets three replicas, or as many as there are brokers where there are fewer.
+
+        Returns
+        -------
+        list of str
+            The names that this call created.
+        """
+        if not specs:
+            return []
+        replicas = min(3, (await self.cluster()).brokers)
+        topics = [NewTopic(s.name, s.partitions, replicas, topic_configs=dict(s.config)) for s in specs]
+
+        async def create() -> list[str]:
+            response = await self._client.create_topics(topics, timeout_ms=round(self._timeout_s * 1000))
+            created = []
+            for name, code, *message in response.topic_errors:
+                kind = for_code(code)
+                if code and kind is not TopicAlreadyExistsError:
+                    raise kind(f"topic {name!r}: {message[0] if message else ''}")
+                if not code:
+                    created.append(name)
+            return created
+
+        names = [spec.name for spec in specs]
+        created = await self._call(f"create the topics {', '.join(names)}", create)
+
+        async def listed() -> None:
+            missing = set(names) - set(await self.partition_counts())
+            if missing:
+                raise LeaderNotAvailableError(f"not listed yet: {', '.join(sorted(missing))}")
+
+        await self._call("see the new topics", listed)
+        return created
+
+    async def topic_configs(self, topics: Collection[str]) -> dict[str, dict[str, str]]:
+        """Read the settings of topics.
+
+        Returns
+        -------
+        dict of str to dict of str to str
+            By topic, then by Kafka's name of the setting. Apache Kafka tells all, defaults included; the
+            embedded broker only those that were given when the topic was created.
+        """
+        resources = [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in topics]
+        if not resources:
+            return {}
+        responses = await self._call("describe the topics", lambda: self._client.describe_configs(resources))
+        configs: dict[str, dict[str, str]] = {}
+        for response in responses:
+            for code, message, _kind, name, entries in response.resources:
+                if code:
+                    kind = for_code(code).__name__
+                    raise KafkaRefused(
+                        self._bootstrap_servers, f"describe topic {name}", f"{kind}: {message}"
+                    )
+                configs[name] = {entry[0]: entry[1] for entry in entries if entry[1] is not None}
+        return configs
+
+    async def begin_offsets(self, topic: str) -> dict[int, int]:
+        """Tell where the log of each partition begins: the offset of its oldest record."""
+        partitions = await self._partitions(topic)
+
+        async def ask() -> dict[int, int]:
+            async with self._consumer() as consumer:
+                offsets = await consumer.beginning_offsets(partitions)
+            return {p.partition: offset for p, offset in offsets.items()}
+
+        return await self._call(f"ask where {topic} begins", ask)
+
+    async def end_offsets(self, topic: str, *, committed: bool = True) -> dict[int, int]:
+        """Tell where the log of each partition ends: the offset that its next record gets.
+
+        Parameters
+        ----------
+        topic
+            An existing topic.
+        committed
+            True: the end that a `read_committed` consumer can reach, which is before the first open
+            transaction. False: the end of everything written.
+
+        Notes
+        -----
+        Asked for the end, the embedded broker answers with the offset after the *first* record of the last
+        batch. The high watermark of a fetch is right everywhere, so one fetch at that offset corrects it.
+        """
+        partitions = await self._partitions(topic)
+
+        async def ask() -> dict[int, int]:
+            async with self._consumer("read_committed" if committed else "read_uncommitted") as consumer:
+                offsets = await consumer.end_offsets(partitions)
+                consumer.assign(partitions)
+                for partition, offset in offsets.items():
+                    consumer.seek(partition, offset)
+                while any(consumer.highwater(partition) is None for partition in partitions):
+                    await consumer.getmany(timeout_ms=_FETCH_WAIT_MS, max_records=1)
+                end = consumer.last_stable_offset if committed else consumer.highwater
+                return {p.partition: max(offset, end(p)) for p, offset in offsets.items()}
+
+        return await self._call(f"ask where {topic} ends", ask)
+
+    async def committed_offsets(self, group: str, topic: str) -> dict[int, int]:
+        """Read what a group has committed.
+
+        Returns
+        -------
+        dict of int to int
+            Partition to next offset. A partition for which Kafka knows none is absent, so an unknown group
+            is an empty answer, not an error.
+        """
+        partitions = await self._partitions(topic)
+        offsets = await self._call(
+            f"read the offsets of group {group}",
+            lambda: self._client.list_consumer_group_offsets(group, partitions=partitions),
+        )
+        return {p.partition: kept.offset for p, kept in offsets.items() if kept.offset >= 0}
+
+    async def group_member_count(self, group: str) -> int:
+        """Count the members of a group; 0 for one that does not exist.
+
+        A worker that was killed counts until its session times out.
+        """
+
+        async def describe() -> int:
+            members = 0
+            for response in await self._client.describe_consumer_groups([group]):
+                for code, _name, _state, _kind, _protocol, found, *_ in response.groups:
+                    if code and for_code(code) is not GroupIdNotFound:
+                        raise for_code(code)(f"group {group}")
+                    members += len(found)
+            return members
+
+        return await self._call(f"describe group {group}", describe)
+
+    async def delete_group_offsets(self, group: str) -> None:
+        """Make Kafka forget a group with all that it has committed; no error if there is none.
+
+        Raises
+        ------
+        StreamAppError
+            If the group has members. (The embedded broker would delete it under them.)
+        """
+        members = await self.group_member_count(group)
+        if members:
+            raise StreamAppError(
+                "no members",
+                f"{members}",
+                f"group {group} on Kafka at {self._bootstrap_servers}",
+                "Stop the workers of this group first, and wait for the session timeout if one was killed.",
+            )
+
+        async def delete() -> None:
+            coordinator = await self._client.find_coordinator(group)
+            response = await self._client._send_request(DeleteGroupsRequest([group]), coordinator)
+            for _name, code in response.results:
+                if code and for_code(code) is not GroupIdNotFound:
+                    raise for_code(code)(f"group {group}")
+
+        await self._call(f"delete group {group}", delete)
+
+    @property
+    def _client(self) -> AIOKafkaAdminClient:
+        if self._admin is None:
+            raise RuntimeError("KafkaAdmin is used outside of `async with`")
+        return self._admin
+
+    async def _partitions(self, topic: str) -> list[TopicPartition]:
+        return [TopicPartition(topic, number) for number in range(await self.partition_count(topic))]
+
+    @asynccontextmanager
+    async def _consumer(self, isolation_level: str = "read_committed") -> AsyncIterator[AIOKafkaConsumer]:
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self._bootstrap_servers,
+            group_id=None,
+            isolation_level=isolation_level,
+            fetch_max_wait_ms=_FETCH_WAIT_MS,
+            request_timeout_ms=round(self._timeout_s * 1000),
+        )
+        try:
+            await consumer.start()
+            yield consumer
+        finally:
+            await consumer.stop()
+
+    async def _call(self, doing: str, operation: Callable[[], Awaitable[_T]]) -> _T:
+        """Run one request until it succeeds, fails for good, or the deadline passes."""
+        last = "no answer"
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while True:
+                    try:
+                        return await operation()
+                    except KafkaError as error:
+                        if not error.retriable:
+                            raise KafkaRefused(self._bootstrap_servers, doing, _one_line(error)) from error
+                        last = _one_line(error)
+                    await asyncio.sleep(_RETRY_PAUSE_S)
+        except TimeoutError as error:
+            raise KafkaUnavailable(self._bootstrap_servers, self._timeout_s, last) from error
+
+
+def _one_line(error: KafkaError) -> str:
+    if isinstance(error, KafkaConnectionError) and "bootstrap" in str(error):
+        return "no connection to any of the addresses"
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    return text if name in text else f"{name}: {text}"

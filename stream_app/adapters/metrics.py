@@ -1,0 +1,56 @@
+"""Name every metric of the worker once: kind, meaning, and what to do when it rises.
+
+Must not know who counts, or how the numbers leave the process (`stream_app.adapters.health` serves them).
+"""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+__all__ = ["Metrics"]
+
+
+class Metrics:
+    """The worker's numbers, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.events = Counter(
+            "stream_app_events",
+            "Valid records folded, duplicates included. Falls to 0 with lag above 0: see holds.",
+            registry=self.registry,
+        )
+        self.dead_letters = Counter(
+            "stream_app_dead_letters",
+            "Records set aside, by reason. Rising: read the dead-letter topic and correct the producer.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.transitions = Counter(
+            "stream_app_transitions",
+            "Transitions committed, by status and cause.",
+            ["status", "cause"],
+            registry=self.registry,
+        )
+        self.holds = Counter(
+            "stream_app_holds",
+            "Times a partition dropped its work and claimed anew, by failure. Rising: Redis or Kafka is ill; "
+            "after worker.hold_deadline_s the worker stops.",
+            ["failure"],
+            registry=self.registry,
+        )
+        self.exit_lateness_s = Histogram(
+            "stream_app_exit_lateness_seconds",
+            "Wall clock: how long after its instant and the grace the timer fired an exit.",
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0),
+            registry=self.registry,
+        )
+        self.partitions = Gauge(
+            "stream_app_partitions", "Partitions claimed by this worker.", registry=self.registry
+        )
+        self.lag = Gauge(
+            "stream_app_lag_records",
+            "Records in the log and not yet folded, by partition. Rising: add partitions and workers.",
+            ["partition"],
+            registry=self.registry,
+        )

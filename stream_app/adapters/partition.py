@@ -1,0 +1,629 @@
+"""Take one partition through the path of an event: load, fold, commit, publish, acknowledge.
+
+Decides the order of those steps, what is done when one of them fails, and when an exit that no event brings
+is due. One `PartitionTask` a partition, from its assignment to its revocation; everything that it does to the
+partition's state goes through one commit at a time. It must not know Faust or which worker owns what else.
+
+Errors know two ways. A bad record is set aside: its dead letter is committed with the step. Whatever else goes
+wrong is held: the work in hand is dropped unacknowledged, the partition is claimed anew, which reads the truth
+from Redis, publishes what was committed and rewinds the log, until it works or the deadline has passed. A
+commit is never repeated: after a lost reply nobody here knows whether it was made, and the new claim reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from stream_app.adapters.codec import Decoder, InvalidEvent, Outgoing, dead_letter, transition_message
+from stream_app.adapters.log_ends import LogEnds, LogProbe
+from stream_app.adapters.metrics import Metrics
+from stream_app.adapters.profile_store import Before, Claim, Commit, Identity, ProfileStore
+from stream_app.adapters.publisher import Publisher
+from stream_app.adapters.transport import Log, Slice
+from stream_app.core.event import Record
+from stream_app.core.fold import Fold, Transition
+from stream_app.core.profile import Profile
+from stream_app.core.segment import SegmentSet
+from stream_app.core.step import fold_slice
+from stream_app.errors import (
+    CommitMismatch,
+    Fenced,
+    HoldExpired,
+    StartRefused,
+    StateLost,
+    StoreUnavailable,
+    StreamAppError,
+    TooManyDeadLetters,
+)
+
+__all__ = ["DeadLetterFuse", "PartitionMemory", "PartitionTask", "Shell"]
+
+logger = logging.getLogger(__name__)
+
+#: Slices that wait for a partition at most; at this depth nothing more is fetched for it.
+QUEUED_SLICES: Final = 8
+#: Users whose exits one commit fires, or who are re-evaluated by one commit, at most.
+USERS_PER_STEP: Final = 500
+#: How long after an exit's instant the timer asks whether the log has anything to say about it (design, Time).
+GRACE_MS: Final = 150
+#: How soon the timer asks again when the log was ahead of the fold.
+ASK_AGAIN_S: Final = 0.05
+#: A slice lost inside Faust shows as a gap; several may follow it before the rewind takes effect.
+REWIND_AGAIN_S: Final = 1.0
+FIRST_BACKOFF_S: Final = 0.1
+LONGEST_BACKOFF_S: Final = 2.0
+#: A partition that went well for this long begins a new deadline when it fails again.
+WELL_AGAIN_S: Final = 10.0
+FUSE_RECORDS: Final = 10_000
+#: Added to a topic's retention before Redis may drop a forgotten profile.
+RETENTION_MARGIN_MS: Final = 3_600_000
+
+#: Failures after which a new claim may put things right.
+HELD: Final = (StoreUnavailable, StateLost, Fenced, CommitMismatch)
+
+
+@dataclass(frozen=True, slots=True)
+class Shell:
+    """What the partitions of one worker share; built in `stream_app.app`, nowhere else.
+
+    Attributes
+    ----------
+    clock : {"wall", "event"}
+        What a record's instant is: its Kafka timestamp or the event's own.
+    now_ms, monotonic_s : callable
+        The clocks; Unix ms, and seconds from an arbitrary start.
+    retention_ms : int or None
+        How long the events topic keeps a record; ``None``: without limit, or unknown.
+    check_producer_time : bool
+        Whether Kafka timestamps are the producers' and a time ahead of now is a bad record.
+    """
+
+    topic: str
+    clock: str
+    fold: Fold
+    decoder: Decoder
+    store: ProfileStore
+    publisher: Publisher
+    log: Log
+    probe: LogProbe
+    identity: Identity
+    metrics: Metrics
+    now_ms: Callable[[], int]
+    monotonic_s: Callable[[], float]
+    hold_deadline_s: float
+    max_dead_letter_share: float | None
+    retention_ms: int | None
+    check_producer_time: bool
+    accept_gap: bool
+
+
+class DeadLetterFuse:
+    """Blow when too many of the last records of a partition were bad.
+
+    Parameters
+    ----------
+    partition : int
+    max_share : float or None
+        Largest share of bad records among the last 10,000; ``None`` never blows.
+    """
+
+    def __init__(self, partition: int, max_share: float | None) -> None:
+        self._partition = partition
+        self._max_share = max_share
+        self._steps: deque[tuple[int, int]] = deque()
+        self._records = 0
+        self._bad = 0
+
+    def count(self, records: int, bad: int) -> None:
+        """Count a slice.
+
+        Raises
+        ------
+        TooManyDeadLetters
+            If the share is above the limit over the last 10,000 records or more.
+        """
+        if self._max_share is None:
+            return
+        self._steps.append((records, bad))
+        self._records += records
+        self._bad += bad
+        while self._records - self._steps[0][0] >= FUSE_RECORDS:
+            old_records, old_bad = self._steps.popleft()
+            self._records -= old_records
+            self._bad -= old_bad
+        if self._records >= FUSE_RECORDS and self._bad > self._max_share * self._records:
+            raise TooManyDeadLetters(self._partition, self._bad, self._records, self._max_share)
+
+
+@dataclass(slots=True)
+class _Owned:
+    """What a claim established; gone with it."""
+
+    epoch: int
+    commit: int
+    watermark: int
+    stream_time_ms: int | None
+    replayed_below: int
+    next_due_ms: int | None
+    old: Mapping[str, SegmentSet]
+    outbox_is_empty: bool = True
+    rewound_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Users to re-evaluate under the present definitions; with no users, the mark that all have been."""
+
+    users: Sequence[str]
+    done: asyncio.Future[bool] = field(compare=False)
+
+
+@dataclass(slots=True)
+class PartitionMemory:
+    """What a process remembers of a partition from one assignment to the next.
+
+    Attributes
+    ----------
+    last_epoch : int
+        Highest epoch that it held, 0 for none.
+    processed_below : int
+        Next offset after everything that it committed, published and acknowledged. Kafka hears of it about
+        a second later; if Redis is lost in between, this is the truer number.
+    """
+
+    last_epoch: int = 0
+    processed_below: int = 0
+
+
+class PartitionTask:
+    """The life of one partition in this worker, from assignment to revocation.
+
+    Parameters
+    ----------
+    partition : int
+    shell : Shell
+    memory : PartitionMemory
+        What this process knows of the partition from before; kept up to date.
+    """
+
+    def __init__(self, partition: int, shell: Shell, memory: PartitionMemory) -> None:
+        self.partition = partition
+        self._memory = memory
+        #: Why the partition does not go on, ``None`` while it does.
+        self.held_by: StreamAppError | None = None
+        self._shell = shell
+        self._owned: _Owned | None = None
+        self._queue: deque[tuple[Slice, Callable[[], object]]] = deque()
+        self._requests: deque[_Request] = deque()
+        self._wake = asyncio.Event()
+        self._draining = False
+        self._fuse = DeadLetterFuse(partition, shell.max_dead_letter_share)
+        self._held_since_s: float | None = None
+        self._claimed_s = 0.0
+        self._backoff_s = FIRST_BACKOFF_S
+
+    # What the worker asks and tells, on its event loop.
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the partition is claimed and folding."""
+        return self._owned is not None
+
+    @property
+    def watermark(self) -> int | None:
+        """Next offset to fold, ``None`` while the partition is not claimed."""
+        return self._owned.watermark if self._owned else None
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the latest claim."""
+        return self._memory.last_epoch
+
+    @property
+    def needs_definitions(self) -> bool:
+        """Whether some profiles may not yet have been evaluated under the present definitions."""
+        return self._owned is not None and bool(self._owned.old)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left to do until another record, or another instant, comes."""
+        owned = self._owned
+        return (
+            owned is not None
+            and not self._queue
+            and not owned.old
+            and owned.outbox_is_empty
+            and not self._due_by_stream_time(owned)
+        )
+
+    def wants(self) -> bool:
+        """Say whether more slices may be fetched."""
+        return self._owned is not None and not self._draining and len(self._queue) < QUEUED_SLICES
+
+    def submit(self, part: Slice, acknowledge: Callable[[], object]) -> None:
+        """Take a slice in."""
+        self._queue.append((part, acknowledge))
+        self._wake.set()
+
+    async def redefine(self, users: Sequence[str]) -> bool:
+        """Re-evaluate users under the present definitions; ``False`` if the claim was lost meanwhile."""
+        return await self._request(users)
+
+    async def mark_definitions(self) -> bool:
+        """Note in ``wm`` that all profiles have the present definitions; ``False`` if the claim was lost."""
+        return await self._request(())
+
+    def drain(self) -> None:
+        """Finish the step in hand, then end `run`."""
+        self._draining = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Claim and serve until drained or cancelled.
+
+        Raises
+        ------
+        StreamAppError
+            When the partition cannot go on: refused state, a blown fuse, or a hold past its deadline.
+        """
+        try:
+            while not self._draining:
+                try:
+                    await self._claim()
+                    await self._serve()
+                except HELD as exc:
+                    self._let_go()
+                    await self._hold(exc)
+        finally:
+            self._let_go()
+
+    # Owning the partition.
+
+    async def _claim(self) -> None:
+        """Take the partition over and start where Redis stands.
+
+        1. Make sure with Kafka that this member still belongs to the group: a zombie fails here.
+        2. Claim under a new epoch: whoever wrote before is fenced from now on.
+        3. The watermark must lie within the log; aiokafka would silently reset what does not.
+        4. Publish what was committed and perhaps not published, to its end, before the next commit.
+        5. Rewind the log to the watermark.
+        """
+        shell, p = self._shell, self.partition
+        if not await shell.log.generation_is_current():
+            raise StoreUnavailable(
+                f"Kafka, group {shell.identity.group}", "the coordinator does not accept this member"
+            )
+        processed_below = await shell.log.committed(p)
+        if self._memory.processed_below:
+            processed_below = max(processed_below or 0, self._memory.processed_below)
+        ends = await shell.probe.ends(p)
+        segments = shell.fold.segments
+        claim = await shell.store.claim(
+            p,
+            shell.identity,
+            last_epoch=self._memory.last_epoch,
+            log_start=ends.start,
+            processed_below=processed_below,
+            replay_when_new=ends.end if shell.clock == "wall" else None,
+            definitions=(segments.fingerprint, segments.canonical_json()),
+        )
+        wm = claim.watermark
+        self._memory.last_epoch = wm.epoch
+        owned = _Owned(
+            epoch=wm.epoch,
+            commit=wm.commit,
+            watermark=wm.watermark,
+            stream_time_ms=wm.stream_time_ms,
+            replayed_below=wm.replayed_below,
+            next_due_ms=claim.next_due_ms,
+            old=self._older_sets(claim),
+        )
+        await self._publish_outbox(owned)
+        if not ends.start <= wm.watermark <= ends.end:
+            await self._accept_gap(owned, ends)
+        self._queue.clear()
+        await shell.log.rewind(p, owned.watermark)
+        self._report_processed(owned)
+        self._owned = owned
+        self._claimed_s = shell.monotonic_s()
+        self.held_by = None
+        logger.info(
+            "partition %d: claimed, epoch %d, watermark %d, log %d to %d",
+            p, owned.epoch, owned.watermark, ends.start, ends.end,
+        )  # fmt: skip
+
+    def _older_sets(self, claim: Claim) -> Mapping[str, SegmentSet]:
+        fold = self._shell.fold
+        if claim.watermark.definitions == fold.segments.fingerprint and len(claim.definitions) == 1:
+            return {}
+        return {
+            fingerprint: SegmentSet.from_canonical_json(text, fold.weights)
+            for fingerprint, text in claim.definitions.items()
+            if fingerprint != fold.segments.fingerprint
+        }
+
+    async def _accept_gap(self, owned: _Owned, ends: LogEnds) -> None:
+        if not self._shell.accept_gap:
+            below = owned.watermark < ends.start
+            raise StartRefused(
+                f"a watermark within the log, offsets {ends.start} to {ends.end}",
+                f"watermark {owned.watermark}",
+                f"topic {self._shell.topic}, partition {self.partition}",
+                (
+                    f"{ends.start - owned.watermark} records were deleted by retention before they were "
+                    "folded: start with --accept-gap to go on without them."
+                    if below
+                    else "The topic was created anew under a Redis that knows the old one: run `stream-app "
+                    "rebuild`, or start with --accept-gap to keep the profiles and fold the new log."
+                ),
+            )
+        logger.warning(
+            "partition %d: gap accepted, watermark %d -> %d", self.partition, owned.watermark, ends.start
+        )
+        await self._commit(owned, Commit(watermark=ends.start), [])
+
+    async def _publish_outbox(self, owned: _Owned) -> None:
+        async for page in self._shell.store.outbox(self.partition):
+            await self._shell.publisher.publish([Outgoing.unpack(blob) for blob in page])
+            owned.outbox_is_empty = False
+        if not owned.outbox_is_empty:
+            await self._trim(owned)
+
+    def _let_go(self) -> None:
+        self._owned = None
+        self._queue.clear()
+        while self._requests:
+            request = self._requests.popleft()
+            if not request.done.done():
+                request.done.set_result(False)
+
+    async def _hold(self, exc: StreamAppError) -> None:
+        """Wait before the next claim, or give up when the deadline has passed."""
+        now_s = self._shell.monotonic_s()
+        if self._held_since_s is None or (self._claimed_s and now_s - self._claimed_s > WELL_AGAIN_S):
+            self._held_since_s, self._backoff_s = now_s, FIRST_BACKOFF_S
+        self._claimed_s = 0.0
+        deadline_s = self._shell.hold_deadline_s
+        if now_s - self._held_since_s > deadline_s:
+            raise HoldExpired(self.partition, deadline_s, exc) from exc
+        if self.held_by is None or type(self.held_by) is not type(exc):
+            logger.warning("partition %d: held, %s", self.partition, exc)
+        self.held_by = exc
+        self._shell.metrics.holds.labels(type(exc).__name__).inc()
+        self._wake.clear()
+        if not self._draining:
+            await self._sleep(self._backoff_s)
+        self._backoff_s = min(2 * self._backoff_s, LONGEST_BACKOFF_S)
+
+    # Serving it.
+
+    async def _serve(self) -> None:
+        owned = self._owned
+        assert owned is not None
+        while not self._draining:
+            idle = True
+            if self._queue:
+                await self._take_slice(owned, *self._queue.popleft())
+                idle = False
+            if self._due_by_stream_time(owned):
+                assert owned.stream_time_ms is not None
+                await self._fire(owned, owned.stream_time_ms)
+                idle = False
+            if self._requests:
+                await self._answer(owned, self._requests.popleft())
+                idle = False
+            if idle and not owned.outbox_is_empty:
+                await self._trim(owned)
+                idle = False
+            if idle:
+                await self._wait(owned)
+        if not owned.outbox_is_empty:
+            await self._trim(owned)
+
+    async def _take_slice(self, owned: _Owned, part: Slice, acknowledge: Callable[[], object]) -> None:
+        if part.from_offset != owned.watermark:
+            # A slice before it was lost or repeated on the way here: nothing is folded out of turn.
+            now_s = self._shell.monotonic_s()
+            if now_s - owned.rewound_s > REWIND_AGAIN_S:
+                owned.rewound_s = now_s
+                self._queue.clear()
+                await self._check_range(owned)
+                await self._shell.log.rewind(self.partition, owned.watermark)
+            return
+        owned.rewound_s = 0.0
+        for piece in _split_at(part, owned.replayed_below):
+            await self._fold(owned, piece)
+        acknowledge()
+        self._report_processed(owned)
+
+    async def _check_range(self, owned: _Owned) -> None:
+        ends = await self._shell.probe.ends(self.partition)
+        if not ends.start <= owned.watermark <= ends.end:
+            raise StateLost(self.partition)
+
+    async def _fold(self, owned: _Owned, part: Slice) -> None:
+        """Fold one slice: every record's effects are committed with the watermark behind it, or none."""
+        shell, p = self._shell, self.partition
+        records: list[Record] = []
+        outgoing: list[Outgoing] = []
+        now_ms = shell.now_ms() if shell.check_producer_time else None
+        for raw in part.records:
+            event = shell.decoder.decode(
+                key=raw.key, value=raw.value, headers=raw.headers, kafka_time_ms=raw.timestamp, now_ms=now_ms
+            )
+            if isinstance(event, InvalidEvent):
+                outgoing.append(
+                    dead_letter(
+                        topic=shell.topic, partition=p, offset=raw.offset,
+                        key=raw.key, value=raw.value, invalid=event,
+                    )
+                )  # fmt: skip
+                shell.metrics.dead_letters.labels(event.reason).inc()
+            else:
+                records.append(Record(raw.offset, raw.timestamp, event))
+        self._fuse.count(len(part.records), len(outgoing))
+        users = dict.fromkeys(record.event.user_id for record in records)
+        profiles, before = await shell.store.load(p, users)
+        result = fold_slice(
+            shell.fold,
+            records,
+            profiles,
+            owned.stream_time_ms,
+            shell.clock,
+            owned.old,  # type: ignore[arg-type]
+        )
+        replayed = part.from_offset < owned.replayed_below
+        outgoing += self._messages(result.transitions, replayed)
+        step = self._step(result.profiles, before)
+        step.watermark, step.stream_time_ms = part.next_offset, result.stream_time_ms
+        await self._commit(owned, step, outgoing)
+        shell.metrics.events.inc(len(records))
+
+    def _due_by_stream_time(self, owned: _Owned) -> bool:
+        return (
+            owned.next_due_ms is not None
+            and owned.stream_time_ms is not None
+            and owned.next_due_ms <= owned.stream_time_ms
+        )
+
+    async def _fire(self, owned: _Owned, until_ms: int) -> None:
+        """Let the exits due at or before `until_ms` happen, of a bounded number of users."""
+        users = await self._shell.store.due(self.partition, until_ms, USERS_PER_STEP)
+        await self._evaluate(owned, users, until_ms)
+
+    async def _answer(self, owned: _Owned, request: _Request) -> None:
+        if request.users:
+            # Without a valid record so far there is no profile either.
+            await self._evaluate(owned, request.users, owned.stream_time_ms or 0)
+        elif owned.old:
+            await self._commit(owned, Commit(definitions=self._shell.fold.segments.fingerprint), [])
+            owned.old = {}
+        if not request.done.done():
+            request.done.set_result(True)
+
+    async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int) -> None:
+        """Commit what the instant `at_ms` changes for some users, without any event."""
+        shell = self._shell
+        profiles, before = await shell.store.load(self.partition, users)
+        changed: dict[str, Profile] = {}
+        transitions: list[Transition] = []
+        for user_id, profile in profiles.items():
+            if profile.definitions != shell.fold.segments.fingerprint:
+                transitions += shell.fold.redefine(profile, at_ms, owned.old[profile.definitions])
+            elif profile.next_exit_ms is not None and profile.next_exit_ms <= at_ms:
+                transitions += shell.fold.expire(profile, at_ms)
+            else:
+                continue
+            changed[user_id] = profile
+        if changed:
+            replayed = owned.watermark < owned.replayed_below
+            await self._commit(owned, self._step(changed, before), self._messages(transitions, replayed))
+
+    async def _wait(self, owned: _Owned) -> None:
+        """Wait for a slice, a request, or the next instant at which an exit may be fired by the wall clock."""
+        self._wake.clear()
+        if self._queue or self._requests or self._draining:
+            return
+        if self._shell.clock == "event" or owned.next_due_ms is None:
+            await self._wake.wait()
+            return
+        wait_ms = owned.next_due_ms + GRACE_MS - self._shell.now_ms()
+        if wait_ms > 0:
+            await self._sleep(wait_ms / 1000.0)
+            return
+        # The log is asked after the instant: what is appended from now on carries a later Kafka timestamp.
+        ends = await self._shell.probe.ends(self.partition)
+        if ends.end == owned.watermark and not self._queue:
+            until_ms = ends.asked_ms - GRACE_MS
+            self._shell.metrics.exit_lateness_s.observe(max(0.0, (until_ms - owned.next_due_ms) / 1000.0))
+            await self._fire(owned, until_ms)
+        else:
+            await self._sleep(ASK_AGAIN_S)
+
+    # Making a step durable and known.
+
+    def _step(self, profiles: Mapping[str, Profile], before: Mapping[str, Before]) -> Commit:
+        shell = self._shell
+        expires_at_ms: dict[str, int] = {}
+        if shell.clock == "wall" and shell.retention_ms is not None:
+            margin_ms = shell.retention_ms + RETENTION_MARGIN_MS
+            expires_at_ms = {
+                user_id: profile.forget_ms + margin_ms
+                for user_id, profile in profiles.items()
+                if not profile.exits_at_ms
+            }
+        return Commit(profiles=profiles, before=before, expires_at_ms=expires_at_ms)
+
+    def _messages(self, transitions: Iterable[Transition], replayed: bool) -> list[Outgoing]:
+        messages = []
+        for transition in transitions:
+            self._shell.metrics.transitions.labels(transition.status, transition.cause).inc()
+            messages.append(
+                transition_message(
+                    transition, topic=self._shell.topic, partition=self.partition, replayed=replayed
+                )
+            )
+        return messages
+
+    async def _commit(self, owned: _Owned, step: Commit, outgoing: Sequence[Outgoing]) -> None:
+        """Commit, then publish.
+
+        1. One Lua call makes profiles, indexes, outbox and watermark durable.
+        2. The outbox is published and awaited. If that fails, the next claim does it.
+        3. The outbox is dropped with the next commit, or as soon as there is nothing else to do.
+        """
+        step.outbox = [message.pack() for message in outgoing]
+        number = owned.commit + 1
+        owned.next_due_ms = await self._shell.store.commit(self.partition, owned.epoch, number, step)
+        owned.commit = number
+        if step.watermark is not None:
+            owned.watermark = step.watermark
+        if step.stream_time_ms is not None:
+            owned.stream_time_ms = step.stream_time_ms
+        owned.outbox_is_empty = not outgoing
+        if outgoing:
+            await self._shell.publisher.publish(outgoing)
+        self._held_since_s = None
+
+    async def _trim(self, owned: _Owned) -> None:
+        owned.next_due_ms = await self._shell.store.trim(self.partition, owned.epoch, owned.commit)
+        owned.outbox_is_empty = True
+
+    def _report_processed(self, owned: _Owned) -> None:
+        # Below `replayed_below` Kafka's committed offset says how far the log was once processed: a crash in
+        # the middle of a replay must find it there.
+        self._memory.processed_below = max(self._memory.processed_below, owned.watermark)
+        if owned.watermark >= owned.replayed_below:
+            self._shell.log.processed(self.partition, owned.watermark)
+
+    async def _request(self, users: Sequence[str]) -> bool:
+        if self._owned is None:
+            return False
+        request = _Request(users, asyncio.get_running_loop().create_future())
+        self._requests.append(request)
+        self._wake.set()
+        return await request.done
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not past `drain` or new work."""
+        try:
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        except TimeoutError:
+            return
+
+
+def _split_at(part: Slice, offset: int) -> list[Slice]:
+    """Cut a slice in two where `offset` lies inside it, so that each piece is replayed or new as a whole."""
+    if not part.from_offset < offset < part.next_offset:
+        return [part]
+    below: tuple[Any, ...] = tuple(r for r in part.records if r.offset < offset)
+    above: tuple[Any, ...] = tuple(r for r in part.records if r.offset >= offset)
+    return [
+        Slice(part.partition, part.from_offset, offset, below),
+        Slice(part.partition, offset, part.next_offset, above),
+    ]

@@ -1,0 +1,485 @@
+"""Keep profiles, indexes, outbox and watermark of each partition in Redis.
+
+Decides how a partition's state is laid out under the hash tag ``{p}`` and that it changes only through two
+Lua scripts: `claim.lua` takes a partition over, `commit.lua` makes one step durable, all or nothing. Must not
+know Kafka, the fold's rules or the clock.
+
+Redis is a view of the log: whoever loses it folds the log again. What must never happen is that two writers
+mix, or that a step is half written; that is what owner, epoch and commit number are for (see `commit.lua`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Final
+
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    RedisError,
+)
+
+from stream_app.core.decay import NEVER_MS
+from stream_app.core.profile import Profile, pack, unpack
+from stream_app.errors import CommitMismatch, Fenced, StartRefused, StateLost, StoreUnavailable
+
+__all__ = ["Claim", "Commit", "Identity", "ProfileStore", "Watermark", "connect", "keys"]
+
+SCHEMA_VERSION: Final = "1"
+META_KEY: Final = "sa:meta"
+OUTBOX_PAGE: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionKeys:
+    """Names of the Redis keys of one partition; all in one Cluster slot by their hash tag."""
+
+    prefix: str
+    wm: str
+    due: str
+    outbox: str
+    definitions: str
+
+    def profile(self, user_id: str) -> str:
+        """Return the key of a user's profile, a STRING in msgpack."""
+        return f"{self.prefix}profile:{user_id}"
+
+    def members(self, segment_id: str) -> str:
+        """Return the key of a segment's member index, a ZSET of user_id by exits_at in Unix ms."""
+        return f"{self.prefix}members:{segment_id}"
+
+
+def keys(partition: int) -> PartitionKeys:
+    """Name the keys of a partition.
+
+    Examples
+    --------
+    >>> keys(3).profile("u1")
+    'sa:{3}:profile:u1'
+    """
+    prefix = f"sa:{{{partition}}}:"
+    return PartitionKeys(prefix, f"{prefix}wm", f"{prefix}due", f"{prefix}outbox", f"{prefix}definitions")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a partition's state belongs to; all of it must match what ``wm`` holds."""
+
+    cluster_id: str
+    topic: str
+    partitions: int
+    group: str
+    clock: str
+    weights: str
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return field names and values as ``wm`` stores them."""
+        return [
+            ("schema", SCHEMA_VERSION),
+            ("cluster_id", self.cluster_id),
+            ("topic", self.topic),
+            ("partitions", str(self.partitions)),
+            ("group", self.group),
+            ("clock", self.clock),
+            ("weights", self.weights),
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """The content of ``wm``: how far a partition is folded, by whom, and what its state belongs to.
+
+    Attributes
+    ----------
+    watermark : int
+        Next offset whose effects are not yet in Redis.
+    stream_time_ms : int or None
+        Largest instant of the valid records below the watermark, ``None`` before the first.
+    replayed_below : int
+        Transitions of records below this offset carry ``replayed: true``.
+    """
+
+    owner: str
+    epoch: int
+    commit: int
+    watermark: int
+    stream_time_ms: int | None
+    definitions: str
+    replayed_below: int
+
+    @classmethod
+    def read(cls, fields: Mapping[str, str]) -> Watermark:
+        """Build from the fields of the hash."""
+        stream_time = fields.get("stream_time_ms", "")
+        return cls(
+            owner=fields.get("owner", ""),
+            epoch=int(fields["epoch"]),
+            commit=int(fields["commit"]),
+            watermark=int(fields["watermark"]),
+            stream_time_ms=int(stream_time) if stream_time else None,
+            definitions=fields["definitions"],
+            replayed_below=int(fields["replayed_below"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A partition taken over: its watermark, and the older segment sets that profiles may still carry."""
+
+    watermark: Watermark
+    definitions: Mapping[str, str]
+    next_due_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """Memberships and next exit of a profile as they stood when it was loaded, to write only what changed."""
+
+    exits_at_ms: Mapping[str, int]
+    next_exit_ms: int | None
+
+
+@dataclass(slots=True)
+class Commit:
+    """One step to make durable.
+
+    Attributes
+    ----------
+    profiles : mapping of user_id to Profile
+        Changed profiles, whole.
+    before : mapping of user_id to Before
+        What the indexes hold for these users now.
+    expires_at_ms : mapping of user_id to int
+        Instant from which Redis may drop the profile; absent: never.
+    outbox : list of bytes
+        Messages to publish after the commit.
+    watermark, stream_time_ms, definitions
+        New values of ``wm``; ``None`` leaves what is there.
+    """
+
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    before: Mapping[str, Before] = field(default_factory=dict)
+    expires_at_ms: Mapping[str, int] = field(default_factory=dict)
+    outbox: Sequence[bytes] = ()
+    watermark: int | None = None
+    stream_time_ms: int | None = None
+    definitions: str | None = None
+
+
+def connect(url: str, *, timeout_s: float = 5.0) -> aioredis.Redis:
+    """Open a client that never repeats a command by itself.
+
+    redis-py repeats a command up to ten times when its connection breaks; a commit whose reply was lost would
+    then be answered with a mismatch of its own making.
+    """
+    return aioredis.Redis.from_url(
+        url,
+        decode_responses=False,
+        retry=Retry(NoBackoff(), 0),
+        retry_on_error=[],
+        socket_timeout=timeout_s,
+        socket_connect_timeout=timeout_s,
+        health_check_interval=0,
+        max_connections=64,
+    )
+
+
+class ProfileStore:
+    """State of all partitions that one worker owns; one instance a worker, safe for concurrent tasks.
+
+    Parameters
+    ----------
+    client : redis.asyncio.Redis
+        Made by `connect`: no retries.
+    owner : str
+        Random name of this worker, written into each claimed ``wm``.
+    """
+
+    def __init__(self, client: aioredis.Redis, owner: str) -> None:
+        # redis-py types every reply as a union of all that any client might return.
+        self._redis: Any = client
+        self._owner = owner
+        self._claim = client.register_script(_script("claim.lua"))
+        self._commit = client.register_script(_script("commit.lua"))
+
+    async def claim(
+        self,
+        partition: int,
+        identity: Identity,
+        *,
+        last_epoch: int,
+        log_start: int,
+        processed_below: int | None,
+        replay_when_new: int | None,
+        definitions: tuple[str, str],
+    ) -> Claim:
+        """Take a partition over under a new epoch.
+
+        Raises
+        ------
+        StartRefused
+            The state belongs to another cluster, topic, group, partition count or weight setting, or is being
+            rebuilt.
+        StoreUnavailable
+            Redis did not answer as it should.
+        """
+        names = keys(partition)
+        pairs = identity.pairs()
+        args: list[str | int] = [
+            self._owner,
+            last_epoch,
+            log_start,
+            "" if processed_below is None else processed_below,
+            "" if replay_when_new is None else replay_when_new,
+            definitions[0],
+            definitions[1],
+            len(pairs),
+        ]
+        for name, value in pairs:
+            args += [name, value]
+        with _unavailable("claim"):
+            reply = await self._claim(keys=[names.wm, names.definitions], args=args)
+            code = reply[0].decode()
+            if code == "OK":
+                flat = [item.decode() for item in reply[1]]
+                fields = dict(zip(flat[::2], flat[1::2], strict=True))
+                stored = await self._hash(names.definitions)
+                head = await self._redis.zrange(names.due, 0, 0, withscores=True)
+                return Claim(Watermark.read(fields), stored, int(head[0][1]) if head else None)
+        if code == "REBUILDING":
+            raise StartRefused(
+                "state that is whole",
+                "a rebuild that was broken off",
+                f"partition {partition}, key {names.wm}",
+                "Run `stream-app rebuild` again, then start the worker.",
+            )
+        raise _foreign(names.wm, *(item.decode() for item in reply[1:4]))
+
+    async def load(
+        self, partition: int, user_ids: Iterable[str]
+    ) -> tuple[dict[str, Profile], dict[str, Before]]:
+        """Read the profiles of some users in one round trip; users without one are absent.
+
+        Raises
+        ------
+        StoreUnavailable
+            Redis did not answer as it should.
+        StartRefused
+            A stored profile cannot be read.
+        """
+        users = list(user_ids)
+        if not users:
+            return {}, {}
+        names = keys(partition)
+        with _unavailable("load"):
+            blobs = await self._redis.mget([names.profile(user) for user in users])
+        profiles: dict[str, Profile] = {}
+        before: dict[str, Before] = {}
+        for user, blob in zip(users, blobs, strict=True):
+            if blob is None:
+                continue
+            try:
+                profile = unpack(user, blob)
+            except ValueError as exc:
+                raise StartRefused(
+                    f"a profile of schema {SCHEMA_VERSION}",
+                    f"a value that cannot be read ({exc})",
+                    f"partition {partition}, keys {names.prefix}profile:*",
+                    "Find out what else writes to these keys, then run `stream-app rebuild`.",
+                ) from exc
+            profiles[user] = profile
+            before[user] = Before(dict(profile.exits_at_ms), profile.next_exit_ms)
+        return profiles, before
+
+    async def due(self, partition: int, until_ms: int, limit: int) -> list[str]:
+        """Return up to `limit` users whose next exit is at or before `until_ms`, earliest first."""
+        with _unavailable("due"):
+            found = await self._redis.zrangebyscore(keys(partition).due, "-inf", until_ms, start=0, num=limit)
+        return [user.decode() for user in found]
+
+    async def commit(self, partition: int, epoch: int, number: int, commit: Commit) -> int | None:
+        """Make one step durable: commit number `number` follows.
+
+        Returns
+        -------
+        int or None
+            The partition's next exit instant, ``None`` if no exit is due ever.
+
+        Raises
+        ------
+        StateLost
+            ``wm`` is gone or of a lower epoch: Redis was emptied or restored.
+        Fenced
+            Another worker has claimed the partition.
+        CommitMismatch
+            The last commit is not the one that this worker knows.
+        StoreUnavailable
+            Redis did not answer as it should; the step may or may not have been made.
+        """
+        names = keys(partition)
+        script_keys = [names.wm, names.due, names.outbox, names.definitions]
+        args: list[bytes | str | int] = []
+        member_index: dict[str, int] = {}
+        changes: list[bytes | str | int] = []
+        for user, profile in commit.profiles.items():
+            script_keys.append(names.profile(user))
+            before = commit.before.get(user)
+            held: Mapping[str, int] = before.exits_at_ms if before else {}
+            next_exit = profile.next_exit_ms
+            due: str | int = ""
+            if next_exit != (before.next_exit_ms if before else None):
+                due = "-" if next_exit is None else next_exit
+            args += [user, pack(profile), commit.expires_at_ms.get(user, ""), due]
+            if profile.exits_at_ms == held:
+                continue
+            for segment_id, exits_at in profile.exits_at_ms.items():
+                if held.get(segment_id) != exits_at:
+                    index = member_index.setdefault(segment_id, len(member_index) + 1)
+                    changes += [index, user, "+inf" if exits_at >= NEVER_MS else exits_at]
+            for segment_id in held:
+                if segment_id not in profile.exits_at_ms:
+                    index = member_index.setdefault(segment_id, len(member_index) + 1)
+                    changes += [index, user, "-"]
+        script_keys += [names.members(segment_id) for segment_id in member_index]
+        head: list[bytes | str | int] = [
+            self._owner,
+            epoch,
+            number - 1,
+            "commit",
+            "" if commit.watermark is None else commit.watermark,
+            "" if commit.stream_time_ms is None else commit.stream_time_ms,
+            commit.definitions or "",
+            len(commit.profiles),
+            len(member_index),
+            len(changes) // 3,
+            len(commit.outbox),
+        ]
+        return await self._run(partition, script_keys, [*head, *args, *changes, *commit.outbox], number - 1)
+
+    async def trim(self, partition: int, epoch: int, number: int) -> int | None:
+        """Drop the outbox of commit `number`, which is published; checks and errors of `commit`."""
+        names = keys(partition)
+        args: list[bytes | str | int] = [self._owner, epoch, number, "trim", "", "", "", 0, 0, 0, 0]
+        return await self._run(
+            partition, [names.wm, names.due, names.outbox, names.definitions], args, number
+        )
+
+    async def outbox(self, partition: int) -> AsyncIterator[list[bytes]]:
+        """Yield what is committed and not known to be published, in order, in pages of `OUTBOX_PAGE`."""
+        first = "-"
+        while True:
+            with _unavailable("read the outbox"):
+                page = await self._redis.xrange(keys(partition).outbox, min=first, count=OUTBOX_PAGE)
+            if not page:
+                return
+            yield [fields[b"m"] for _, fields in page]
+            first = "(" + page[-1][0].decode()
+
+    async def watermarks(self, partitions: Iterable[int]) -> dict[int, Watermark | None]:
+        """Read the watermarks of some partitions, whoever owns them."""
+        wanted = list(partitions)
+        with _unavailable("read watermarks"):
+            found = [await self._hash(keys(p).wm) for p in wanted]
+        return {
+            p: Watermark.read(fields) if "epoch" in fields else None
+            for p, fields in zip(wanted, found, strict=True)
+        }
+
+    async def outbox_length(self, partition: int) -> int:
+        """Return how many messages are committed and not known to be published."""
+        with _unavailable("read the outbox"):
+            return int(await self._redis.xlen(keys(partition).outbox))
+
+    async def next_due_ms(self, partition: int) -> int | None:
+        """Return the partition's earliest exit instant."""
+        with _unavailable("due"):
+            head = await self._redis.zrange(keys(partition).due, 0, 0, withscores=True)
+        return int(head[0][1]) if head else None
+
+    async def scan_users(self, count: int) -> AsyncIterator[list[tuple[int, str]]]:
+        """Walk over all stored profiles once, as pages of (partition, user_id); a user may come twice."""
+        cursor = 0
+        while True:
+            with _unavailable("scan"):
+                cursor, page = await self._redis.scan(cursor, match="sa:{*}:profile:*", count=count)
+            users = []
+            for raw in page:
+                partition, _, rest = raw.decode().removeprefix("sa:{").partition("}:profile:")
+                if partition.isdigit() and rest:
+                    users.append((int(partition), rest))
+            if users:
+                yield users
+            if cursor == 0:
+                return
+
+    async def describe(self, identity: Identity) -> None:
+        """Write ``sa:meta``, which tells readers how to read the rest."""
+        meta = dict(identity.pairs())
+        with _unavailable("write sa:meta"):
+            await self._redis.hset(META_KEY, mapping=meta)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._redis.aclose()
+
+    async def _hash(self, key: str) -> dict[str, str]:
+        fields = await self._redis.hgetall(key)
+        return {name.decode(): value.decode() for name, value in fields.items()}
+
+    async def _run(
+        self, partition: int, script_keys: list[str], args: list[bytes | str | int], expected: int
+    ) -> int | None:
+        with _unavailable("commit"):
+            reply = await self._commit(keys=script_keys, args=args)
+        code = reply[0].decode()
+        if code == "OK":
+            return int(float(reply[1])) if reply[1] else None
+        if code == "LOST":
+            raise StateLost(partition)
+        if code == "FENCED":
+            raise Fenced(partition, reply[1].decode())
+        raise CommitMismatch(partition, stored=int(reply[1]), expected=expected)
+
+
+class _unavailable:  # noqa: N801 - reads as a phrase at its `with`
+    """Translate what Redis raises: wrong credentials stop the worker, all else is retried by the caller."""
+
+    def __init__(self, doing: str) -> None:
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if isinstance(exc, AuthenticationError | AuthorizationError | NoPermissionError):
+            raise StartRefused(
+                "a user who may use sa:* and the commands of this service",
+                f"{type(exc).__name__}: {exc}",
+                f"Redis, {self._doing}",
+                "Check the user, password and ACL behind redis.url.",
+            ) from exc
+        if isinstance(exc, RedisError | OSError):
+            raise StoreUnavailable(f"Redis, {self._doing}", f"{type(exc).__name__}: {exc}") from exc
+
+
+def _script(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _foreign(key: str, name: str, stored: str, mine: str) -> StartRefused:
+    if name == "weights":
+        action = (
+            "Half-lives, action weights and floor are part of the stored sums: restore the old [weights], or "
+            "run `stream-app rebuild` to fold the log again under the new ones."
+        )
+    else:
+        action = "Point redis.url at this service's own Redis, or run `stream-app rebuild` to forget what it holds."
+    label = name.replace("_", " ")
+    found = f"state of {label} {stored or '(none)'}"
+    return StartRefused(f"state of {label} {mine}", found, f"key {key}", action)

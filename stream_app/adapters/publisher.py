@@ -1,0 +1,108 @@
+"""Publish what a commit left in the outbox, in order, and wait until Kafka has it.
+
+Decides which topic a message goes to. Must not know where messages come from or what they say: after a crash
+the same bytes are read back from the outbox and sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+
+import aiokafka
+from aiokafka.errors import KafkaConnectionError, KafkaError
+
+from stream_app.adapters.codec import Outgoing
+from stream_app.errors import StoreUnavailable
+
+__all__ = ["Publisher"]
+
+#: More than a dead letter's 64 KiB and its headers; Kafka's own default for a request is 1 MiB.
+MAX_REQUEST_BYTES = 1024 * 1024
+MAX_BATCH_BYTES = 256 * 1024
+LINGER_MS = 2
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Sends to the output topics; one instance a worker, safe for concurrent tasks.
+
+    Parameters
+    ----------
+    bootstrap_servers : str
+    topics : mapping of Outgoing.kind to topic name
+    timeout_s : float
+        How long one message may take, retries included, seconds.
+    """
+
+    def __init__(self, bootstrap_servers: str, topics: Mapping[str, str], *, timeout_s: float = 20.0) -> None:
+        self._bootstrap_servers = bootstrap_servers
+        self._topics = dict(topics)
+        self._timeout_s = timeout_s
+        self._producer: aiokafka.AIOKafkaProducer | None = None
+
+    async def start(self) -> None:
+        """Connect.
+
+        An idempotent producer keeps messages single when the client itself sends again. A broker that knows
+        none (the embedded one) is used without: aiokafka has one request under way per partition, so the order
+        holds, and a repeated message carries the id that it had.
+
+        Raises
+        ------
+        StoreUnavailable
+            If Kafka cannot be reached.
+        """
+        for idempotent in (True, False):
+            producer = aiokafka.AIOKafkaProducer(
+                bootstrap_servers=self._bootstrap_servers,
+                acks="all",
+                enable_idempotence=idempotent,
+                linger_ms=LINGER_MS,
+                max_batch_size=MAX_BATCH_BYTES,
+                max_request_size=MAX_REQUEST_BYTES,
+                request_timeout_ms=int(self._timeout_s * 1000),
+            )
+            try:
+                await producer.start()
+            except KafkaError as exc:
+                await producer.stop()
+                if idempotent and not isinstance(exc, KafkaConnectionError):
+                    logger.warning("the broker has no idempotent producers (%s)", type(exc).__name__)
+                    continue
+                raise StoreUnavailable("Kafka, connect", f"{type(exc).__name__}: {exc}") from exc
+            self._producer = producer
+            return
+
+    async def stop(self) -> None:
+        """Disconnect."""
+        if self._producer is not None:
+            await self._producer.stop()
+
+    async def publish(self, messages: Sequence[Outgoing]) -> None:
+        """Send messages in order and return when all of them are acknowledged by all replicas.
+
+        Raises
+        ------
+        StoreUnavailable
+            If any is not; some may be, so the outbox is published again from its beginning.
+        """
+        producer = self._producer
+        if producer is None:
+            raise RuntimeError("expected start() before publish()")
+        try:
+            async with asyncio.timeout(2 * self._timeout_s):
+                sent = [
+                    await producer.send(
+                        self._topics[message.kind],
+                        key=message.key,
+                        value=message.value,
+                        headers=list(message.headers),
+                    )
+                    for message in messages
+                ]
+                await asyncio.gather(*sent)
+        except (KafkaError, TimeoutError) as exc:
+            raise StoreUnavailable("Kafka, publish", f"{type(exc).__name__}: {exc}") from exc

@@ -1,0 +1,68 @@
+"""Forget all that Redis holds for this service, so that the next worker folds the log from its beginning.
+
+Decides the order in which keys go, so that a rebuild broken off anywhere is seen: every ``wm`` is marked first,
+which workers refuse, and deleted last. What Kafka knows of the group stays: it says which transitions are
+published for the second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import redis.asyncio as aioredis
+from redis.exceptions import RedisError
+
+from stream_app.adapters.profile_store import META_KEY, keys
+from stream_app.errors import StoreUnavailable
+
+__all__ = ["forget_everything"]
+
+PAGE_KEYS: Final = 1000
+
+
+async def forget_everything(
+    client: aioredis.Redis, partitions: int, progress: Callable[[int, int], None]
+) -> int:
+    """Delete every key of this service.
+
+    Parameters
+    ----------
+    client : redis.asyncio.Redis
+    partitions : int
+        Partitions of the events topic; keys of others that are found go too.
+    progress : callable
+        Called with the keys looked at so far and about how many there are.
+
+    Returns
+    -------
+    int
+        Keys deleted.
+
+    Raises
+    ------
+    StoreUnavailable
+        If Redis did not answer; run again, what is gone is gone.
+    """
+    redis: Any = client
+    try:
+        marked = {keys(p).wm for p in range(partitions)}
+        async for key in redis.scan_iter(match="sa:{*}:wm", count=PAGE_KEYS):
+            marked.add(key.decode())
+        for wm in sorted(marked):
+            await redis.hset(wm, "rebuilding", 1)
+        total, looked_at, deleted, cursor = int(await redis.dbsize()), 0, 0, 0
+        while True:
+            cursor, page = await redis.scan(cursor, match="sa:*", count=PAGE_KEYS)
+            looked_at += PAGE_KEYS
+            gone = [key for key in page if key.decode() not in marked and key.decode() != META_KEY]
+            if gone:
+                deleted += int(await redis.unlink(*gone))
+            progress(min(looked_at, total), total)
+            if cursor == 0:
+                break
+        for key in [META_KEY, *sorted(marked)]:
+            deleted += int(await redis.delete(key))
+    except (RedisError, OSError) as exc:
+        raise StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}") from exc
+    return deleted

@@ -1,0 +1,261 @@
+"""Put the worker together and run it: the one composition root, and the only reader of clocks.
+
+Decides what is connected to what, in which order things start and end, and which failure ends the process.
+Nothing is connected before `run_worker` is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import tempfile
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import redis.asyncio as aioredis
+
+from stream_app.adapters.assignment import Assignment
+from stream_app.adapters.checks import KafkaFacts, check_kafka, check_redis, refuse
+from stream_app.adapters.codec import Decoder
+from stream_app.adapters.definitions import sweep_definitions
+from stream_app.adapters.health import Health, serve_http
+from stream_app.adapters.kafka_admin import KafkaAdmin
+from stream_app.adapters.log_ends import LogProbe
+from stream_app.adapters.metrics import Metrics
+from stream_app.adapters.partition import Shell
+from stream_app.adapters.profile_store import Identity, ProfileStore, connect
+from stream_app.adapters.publisher import Publisher
+from stream_app.adapters.transport import Log, SliceApp, build_faust_app
+from stream_app.adapters.until_end import wait_until_end
+from stream_app.core.fold import Fold
+from stream_app.errors import ConfigError, StartRefused
+from stream_app.settings import Settings, faust_environment_problems
+
+__all__ = ["Worker", "build_app", "run_worker"]
+
+logger = logging.getLogger(__name__)
+
+OWNER_BYTES: Final = 8
+
+
+def now_ms() -> int:
+    """Read the wall clock, Unix ms."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """The parts of a worker that have a life of their own; made by `build_app`, started by `run_worker`."""
+
+    app: SliceApp
+    assignment: Assignment
+    store: ProfileStore
+    publisher: Publisher
+    probe: LogProbe
+    log: Log
+    health: Health
+    shell: Shell
+
+
+def build_app(
+    settings: Settings, facts: KafkaFacts, redis_client: aioredis.Redis, data_dir: Path, *, accept_gap: bool
+) -> Worker:
+    """Put the parts together. Connects to nothing.
+
+    Parameters
+    ----------
+    settings : Settings
+    facts : KafkaFacts
+        What was learned of the broker.
+    redis_client : redis.asyncio.Redis
+        As made by `stream_app.adapters.profile_store.connect`.
+    data_dir : Path
+        A directory that Faust may write to.
+    accept_gap : bool
+        Go on where the log no longer holds what the watermark asks for.
+    """
+    kafka, worker = settings.kafka, settings.worker
+    wall = worker.clock == "wall"
+    assignment = Assignment()
+    app = build_faust_app(
+        group_id=kafka.group_id,
+        bootstrap_servers=kafka.bootstrap_servers,
+        events_topic=kafka.events_topic,
+        session_timeout_s=kafka.session_timeout_s,
+        data_dir=data_dir,
+        partitions=assignment,
+    )
+    metrics = Metrics()
+    log = Log(app, kafka.events_topic)
+    probe = LogProbe(kafka.bootstrap_servers, kafka.events_topic, now_ms)
+    store = ProfileStore(redis_client, secrets.token_hex(OWNER_BYTES))
+    publisher = Publisher(
+        kafka.bootstrap_servers,
+        {
+            "entered": kafka.entered_topic,
+            "exited": kafka.exited_topic,
+            "dead_letter": kafka.dead_letter_topic,
+        },
+    )
+    shell = Shell(
+        topic=kafka.events_topic,
+        clock=worker.clock,
+        fold=Fold(settings.segment_set, settings.weights.core),
+        decoder=Decoder(max_future_skew_s=worker.max_future_skew_s),
+        store=store,
+        publisher=publisher,
+        log=log,
+        probe=probe,
+        identity=Identity(
+            cluster_id=facts.cluster_id,
+            topic=kafka.events_topic,
+            partitions=facts.partitions,
+            group=kafka.group_id,
+            clock=worker.clock,
+            weights=settings.weights.core.fingerprint(),
+        ),
+        metrics=metrics,
+        now_ms=now_ms,
+        monotonic_s=time.monotonic,
+        hold_deadline_s=worker.hold_deadline_s,
+        max_dead_letter_share=worker.max_dead_letter_share,
+        retention_ms=facts.retention_ms if wall else None,
+        check_producer_time=wall and worker.trust_create_time,
+        accept_gap=accept_gap,
+    )
+    health = Health(assignment, log, probe, metrics, time.monotonic)
+    return Worker(app, assignment, store, publisher, probe, log, health, shell)
+
+
+def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, unchecked: bool) -> None:
+    """Run a worker until SIGTERM or SIGINT, or, with `until_end`, until the log as it is now is folded.
+
+    Parameters
+    ----------
+    settings : Settings
+    until_end : bool
+        Stop when every partition is folded up to the end that its log has at the start, whoever owns it.
+    accept_gap : bool
+        Go on where retention has overtaken the watermark, or the topic was created anew.
+    unchecked : bool
+        Start although Redis would not tell its eviction policy or role.
+
+    Raises
+    ------
+    StreamAppError
+        Why it did not start, or had to stop; nothing unfinished was acknowledged.
+    """
+    problems = faust_environment_problems()
+    if problems:
+        raise ConfigError(problems)
+    asyncio.run(_run(settings, until_end=until_end, accept_gap=accept_gap, unchecked=unchecked))
+
+
+async def _run(settings: Settings, *, until_end: bool, accept_gap: bool, unchecked: bool) -> None:
+    """Start, wait for a reason to stop, stop.
+
+    1. Look at the surroundings and refuse what does not fit.
+    2. Start what the partitions need, then Faust, which joins the group.
+    3. Wait for a signal, a failure, or the end of the log.
+    4. Drain: finish the steps in hand, tell Kafka how far they got, leave the group.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    client = connect(settings.redis.url)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(client.aclose)
+        refuse(await check_redis(client, settings.redis.redacted_url), unchecked=unchecked)
+        async with KafkaAdmin(settings.kafka.bootstrap_servers) as admin:
+            findings, facts = await check_kafka(admin, settings)
+        refuse(findings, unchecked=unchecked)
+
+        data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stream-app-")))
+        worker = build_app(settings, facts, client, data_dir, accept_gap=accept_gap)
+        worker.assignment.equip(worker.shell)
+        await worker.store.describe(worker.shell.identity)
+        await worker.probe.start()
+        stack.push_async_callback(worker.probe.stop)
+        await worker.publisher.start()
+        stack.push_async_callback(worker.publisher.stop)
+        ends = await worker.probe.all_ends() if until_end else {}
+        if settings.worker.http_port:
+            runner = await serve_http(worker.health, settings.worker.http_host, settings.worker.http_port)
+            stack.push_async_callback(runner.cleanup)
+
+        await worker.app.start()
+        background = {
+            "health": asyncio.create_task(worker.health.watch()),
+            "definitions": asyncio.create_task(sweep_definitions(worker.assignment, worker.store)),
+        }
+        reasons: dict[str, asyncio.Task[Any]] = {
+            "signal": asyncio.create_task(stop.wait()),
+            "failure": asyncio.create_task(worker.assignment.failed()),
+            "faust": asyncio.create_task(worker.log.crashed()),
+            **background,
+        }
+        if until_end:
+            reasons["end"] = asyncio.create_task(wait_until_end(worker.shell, ends))
+        try:
+            done, _ = await asyncio.wait(reasons.values(), return_when=asyncio.FIRST_COMPLETED)
+            failure = _failure(reasons, done)
+            await _stop(worker, settings.worker.drain_deadline_s, failure)
+        finally:
+            for task in reasons.values():
+                task.cancel()
+
+
+def _failure(reasons: dict[str, asyncio.Task[Any]], done: set[asyncio.Task[Any]]) -> BaseException | None:
+    for name, task in reasons.items():
+        if task not in done:
+            continue
+        exc = task.exception()
+        if exc is not None:
+            return exc
+        if name in ("failure", "faust"):
+            found: BaseException = task.result()
+            return found
+        logger.info("stopping: %s", {"signal": "a signal came", "end": "the end of the log is reached"}[name])
+    return None
+
+
+async def _stop(worker: Worker, deadline_s: float, failure: BaseException | None) -> None:
+    """Drain within the deadline unless something failed, then take everything down.
+
+    Raises
+    ------
+    StreamAppError
+        What failed, or that the deadline passed.
+    """
+    try:
+        async with asyncio.timeout(deadline_s):
+            if failure is None:
+                await worker.assignment.drain()
+                await worker.log.commit()
+    except TimeoutError:
+        held = "; ".join(str(task.held_by) for task in worker.assignment if task.held_by) or "work in hand"
+        failure = StartRefused(
+            f"to finish the work in hand within {deadline_s:g} s (worker.drain_deadline_s)",
+            held,
+            "worker, on stopping",
+            "None for the state: nothing unfinished was acknowledged and the next worker goes on from the "
+            "watermark.",
+        )
+    await worker.assignment.stop()
+    await _bounded(worker.app.stop(), deadline_s)
+    if failure is not None:
+        raise failure
+
+
+async def _bounded(work: Coroutine[Any, Any, Any], deadline_s: float) -> None:
+    """Run the framework's own shutdown, which may hang on a dead broker, for a limited time."""
+    try:
+        await asyncio.wait_for(work, deadline_s)
+    except TimeoutError:
+        logger.warning("Faust did not stop within %g s and is left behind", deadline_s)

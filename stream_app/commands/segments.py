@@ -1,0 +1,91 @@
+"""`stream-app segments`: look at the segment definitions."""
+
+# ruff: noqa: PLC0415  (what is slow to import waits until the verb runs)
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stream_app.commands.options import closing, configured, json_output, print_json, print_table
+from stream_app.errors import ConfigError
+
+if TYPE_CHECKING:
+    from stream_app.core.segment import Segment
+
+
+@click.group(epilog=closing("stream-app segments check"))
+def segments() -> None:
+    """Look at the segment definitions, and at who is in."""
+
+
+@segments.command(
+    epilog=closing("stream-app segments check", "stream-app segments check --segments draft.toml")
+)
+@json_output
+@configured
+def check(as_json: bool, config: Path | None, segments: Path | None) -> int:
+    """Check the definitions without touching any service.
+
+    Says what is wrong with segments.toml under the weights of app.toml (exit code 2), and what is allowed but
+    probably not meant: a segment that one event can never enter, one that excludes all of its own members.
+    """
+    from stream_app.core.segment import advice
+    from stream_app.settings import load_settings
+
+    try:
+        settings = load_settings(config, segments)
+    except ConfigError as error:
+        if as_json:
+            print_json({"problems": list(error.problems), "segments": [], "advice": []})
+        raise
+    hints = advice(settings.segments, settings.weights.core)
+    if as_json:
+        rows = [{**_row(segment), "version": segment.version} for segment in settings.segments]
+        print_json(
+            {
+                "problems": [],
+                "segments": rows,
+                "advice": [{"segment_id": h.segment_id, "key": h.key, "text": h.text} for h in hints],
+            }
+        )
+        return 0
+    print_table(
+        ["segment", "type", "criteria", "enters at", "leaves below", "excluded by"],
+        [list(_row(segment).values()) for segment in settings.segments],
+    )
+    click.echo()
+    for hint in hints:
+        click.echo(f"advice: {hint}")
+    count = len(settings.segments)
+    click.echo(
+        f"{count} segment{'' if count == 1 else 's'}, no problems, "
+        + (f"{len(hints)} to think about." if hints else "nothing to think about.")
+    )
+    return 0
+
+
+def _row(segment: Segment) -> dict[str, Any]:
+    criteria = []
+    if segment.labels:
+        criteria.append(f"{segment.match_labels} of {len(segment.labels)} labels")
+    if segment.asset_ids:
+        criteria.append(f"{segment.match_assets} of {len(segment.asset_ids)} assets")
+    if segment.event_types:
+        criteria.append("types " + ", ".join(segment.event_types))
+    enter = segment.min_weight
+    leave = enter if segment.exit_weight is None else segment.exit_weight
+    return {
+        "segment": segment.id,
+        "type": segment.type,
+        "criteria": " and ".join(criteria),
+        "enters at": _weight(enter),
+        "leaves below": _weight(leave),
+        "excluded by": ", ".join(segment.exclude) or "-",
+    }
+
+
+def _weight(threshold: float) -> str:
+    return "any history" if threshold == 0 else f"{threshold:g}"

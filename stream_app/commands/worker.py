@@ -1,0 +1,51 @@
+"""`stream-app worker`: keep profiles and publish transitions. What it does is in `stream_app.app`."""
+
+# ruff: noqa: PLC0415  (what is slow to import waits until the verb runs)
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import click
+
+from stream_app.commands.options import closing, configured
+
+
+@click.command(epilog=closing("stream-app worker", "stream-app worker --until-end      (a backfill, a test)"))
+@click.option(
+    "--until-end",
+    is_flag=True,
+    help="Stop when everything that is in the topic now has been folded and published.",
+)
+@click.option(
+    "--accept-gap",
+    is_flag=True,
+    help="Go on although the log no longer holds what comes next; what is lost stays lost.",
+)
+@click.option(
+    "--unchecked", is_flag=True, help="Start although Redis does not tell its eviction policy or its role."
+)
+@configured
+def worker(
+    until_end: bool, accept_gap: bool, unchecked: bool, config: Path | None, segments: Path | None
+) -> None:
+    """Fold events into profiles; publish who enters and leaves.
+
+    Runs until SIGTERM or Ctrl-C: then it finishes what it has begun, within worker.drain_deadline_s. Start as
+    many as the events topic has partitions; they share the work, and one that dies is replaced by the others.
+    Nothing is lost either way: a new worker goes on where Redis says that the last one stood.
+
+    It refuses to start on anything that would break its promises, with what to do; `stream-app topics`
+    creates the topics that it needs.
+    """
+    from stream_app.app import run_worker  # Faust takes a second to import
+    from stream_app.settings import load_settings
+
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    logging.getLogger("stream_app").setLevel(logging.INFO)
+    run_worker(
+        load_settings(config, segments), until_end=until_end, accept_gap=accept_gap, unchecked=unchecked
+    )

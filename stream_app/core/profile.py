@@ -1,0 +1,273 @@
+"""What is stored of one user, and its form in Redis.
+
+Decides the shape of a profile and its bytes, which are a public API with a schema version. It must not know
+when a profile changes (that is `fold`) or where it is kept.
+"""
+
+import struct
+from dataclasses import dataclass, field
+from math import isfinite
+
+import msgpack
+
+from stream_app.core.decay import NEVER_MS, Weights
+
+__all__ = ["REMEMBERED_IDS", "SCHEMA_VERSION", "Profile", "TypeSums", "pack", "unpack", "weights_at"]
+
+SCHEMA_VERSION = 1
+REMEMBERED_IDS = 32
+"""How many applied events a profile remembers, to recognise a producer's duplicate."""
+
+_ID_BYTES = 8
+_IDS = tuple(struct.Struct(f"{_ID_BYTES}s" * count) for count in range(REMEMBERED_IDS + 1))
+_FIELDS = 9
+
+
+@dataclass(slots=True)
+class TypeSums:
+    """What one event type has left behind: forward-decayed sums, or weights where a function says so.
+
+    Parameters
+    ----------
+    total
+        Of all events of the type.
+    labels
+        Maps label to that of the events that carry it, may be empty.
+    assets
+        Maps asset id to that of the events on it, may be empty.
+    """
+
+    total: float = 0.0
+    labels: dict[str, float] = field(default_factory=dict)
+    assets: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Profile:
+    """All state of one user. Mutable, owned by the caller, not safe to share between threads.
+
+    Parameters
+    ----------
+    user_id
+        Whose it is.
+    landmark_ms
+        The instant that all sums are relative to; see `decay`.
+    weights
+        Maps event type to its sums, all finite and not negative.
+    seqs
+        Maps segment id to the number of its transitions so far: odd for a member.
+    exits_at_ms
+        Maps the segments that the user is in to the instant of leaving; `NEVER_MS` for never.
+    recent_ids
+        8-byte hashes of the ids of the last events applied, at most 32, oldest first.
+    applied
+        How many events were applied.
+    forget_ms
+        Past this instant, and without a membership, the next record starts a new profile.
+    last_transition_ms
+        The instant of the last transition, `None` before the first.
+    definitions
+        Fingerprint of the segment set that the memberships were last evaluated under.
+    """
+
+    user_id: str
+    landmark_ms: int
+    weights: dict[str, TypeSums] = field(default_factory=dict)
+    seqs: dict[str, int] = field(default_factory=dict)
+    exits_at_ms: dict[str, int] = field(default_factory=dict)
+    recent_ids: list[bytes] = field(default_factory=list)
+    applied: int = 0
+    forget_ms: int = 0
+    last_transition_ms: int | None = None
+    definitions: str = ""
+
+    @property
+    def next_exit_ms(self) -> int | None:
+        """The earliest instant at which the user leaves a segment, `None` if there is none."""
+        earliest = min(self.exits_at_ms.values(), default=NEVER_MS)
+        return earliest if earliest < NEVER_MS else None
+
+    def is_member(self, segment_id: str) -> bool:
+        """Tell whether the user is in a segment."""
+        return segment_id in self.exits_at_ms
+
+
+def pack(profile: Profile) -> bytes:
+    """Return the stored form of a profile.
+
+    Parameters
+    ----------
+    profile
+        With finite numbers.
+
+    Returns
+    -------
+    bytes
+        A msgpack map with these keys:
+
+        ======  ===========================================================================================
+        ``v``   int, the schema version, 1
+        ``l``   int, the landmark L: milliseconds since the epoch
+        ``w``   map of event type to [total, map of label to sum, map of asset id to sum]; a sum s is the
+                weight s·2^(-(t - L)/h) at t, h being the half-life of the event type in milliseconds
+        ``m``   map of segment id to [seq, instant of leaving]; the latter nil for a user who is not
+                in it, 253402300800000 (the year 10000) for one who never leaves by decay
+        ``i``   bytes, 8 for each of the last events applied: BLAKE2b-64 of its id, oldest first
+        ``n``   int, events applied
+        ``f``   int, the forget instant
+        ``t``   int, the instant of the last transition, or nil
+        ``d``   str, the fingerprint of the segment definitions
+        ======  ===========================================================================================
+
+    Examples
+    --------
+    >>> blob = pack(Profile("u1", 1_000, {"view": TypeSums(1.5, {"swimwear": 1.5})}, forget_ms=2_000))
+    >>> len(blob)
+    68
+    >>> unpack("u1", blob).weights["view"].labels
+    {'swimwear': 1.5}
+    """
+    exits = profile.exits_at_ms
+    document = {
+        "v": SCHEMA_VERSION,
+        "l": profile.landmark_ms,
+        "w": {
+            event_type: (sums.total, sums.labels, sums.assets) for event_type, sums in profile.weights.items()
+        },
+        "m": {segment_id: (seq, exits.get(segment_id)) for segment_id, seq in profile.seqs.items()},
+        "i": b"".join(profile.recent_ids),
+        "n": profile.applied,
+        "f": profile.forget_ms,
+        "t": profile.last_transition_ms,
+        "d": profile.definitions,
+    }
+    packed: bytes = msgpack.packb(document)
+    return packed
+
+
+def unpack(user_id: str, blob: bytes) -> Profile:
+    r"""Return the profile that `pack` stored.
+
+    Parameters
+    ----------
+    user_id
+        Whose it is: the stored form does not repeat it.
+    blob
+        What `pack` returned.
+
+    Raises
+    ------
+    ValueError
+        If it is anything else: another schema version, a field missing or of another type, a number that is
+        negative or not finite, a membership that contradicts its seq. A profile that is read wrongly would be
+        written back wrongly, so nothing is guessed.
+
+    Examples
+    --------
+    >>> unpack("u1", b"\x80")
+    Traceback (most recent call last):
+    ...
+    ValueError: profile of 'u1': expected a map of 9 fields with v = 1, got 0 fields with v = None
+    """
+    try:
+        document = msgpack.unpackb(blob)
+        if type(document) is not dict or len(document) != _FIELDS or document["v"] != SCHEMA_VERSION:
+            got = document if type(document) is dict else {}
+            raise ValueError(
+                f"expected a map of {_FIELDS} fields with v = {SCHEMA_VERSION}, "
+                f"got {len(got)} fields with v = {got.get('v')!r}"
+            )
+        weights = {}
+        for event_type, (total, labels, assets) in document["w"].items():
+            _check_sums(event_type, total, labels, assets)
+            weights[event_type] = TypeSums(total, labels, assets)
+        seqs = {}
+        exits_at_ms = {}
+        for segment_id, (seq, exit_ms) in document["m"].items():
+            if type(seq) is not int or seq < 1 or (seq & 1 == 1) != (type(exit_ms) is int):
+                raise ValueError(
+                    f"expected an odd seq with an exit or an even one without, got {seq!r}, {exit_ms!r}"
+                )
+            seqs[segment_id] = seq
+            if exit_ms is not None:
+                exits_at_ms[segment_id] = exit_ms
+        "".join(seqs)  # a TypeError unless all ids are strings
+        ids = document["i"]
+        last_transition_ms = document["t"]
+        profile = Profile(
+            user_id,
+            document["l"],
+            weights,
+            seqs,
+            exits_at_ms,
+            list(_IDS[len(ids) // _ID_BYTES].unpack(ids)),
+            document["n"],
+            document["f"],
+            last_transition_ms,
+            document["d"],
+        )
+        for instant in (profile.landmark_ms, profile.applied, profile.forget_ms, last_transition_ms):
+            if type(instant) is not int and instant is not None:
+                raise ValueError(f"expected integers in l, n, f and t, got {instant!r}")
+        if profile.landmark_ms is None or profile.applied is None or profile.forget_ms is None:
+            raise ValueError("expected integers in l, n and f, got nil")
+        if type(profile.definitions) is not str:
+            raise ValueError(f"expected a string in d, got {profile.definitions!r}")
+    except (ValueError, TypeError, LookupError, AttributeError, struct.error, msgpack.UnpackException) as exc:
+        raise ValueError(f"profile of {user_id!r}: {exc}") from exc
+    return profile
+
+
+def _check_sums(event_type: str, total: float, labels: dict[str, float], assets: dict[str, float]) -> None:
+    """Raise unless the sums of an event type are usable.
+
+    A sum over all is enough: one that is not finite makes it so, and real sums are far from the largest
+    float.
+    """
+    "".join(labels), "".join(assets), event_type + ""  # a TypeError unless all keys are strings
+    all_sums = total + sum(labels.values()) + sum(assets.values())
+    least = min(total, min(labels.values(), default=0.0), min(assets.values(), default=0.0))
+    if not isfinite(all_sums) or least < 0.0 or type(total) is not float:
+        raise ValueError(
+            f"expected finite sums of 0 or more in w[{event_type!r}], got {total!r}, {labels!r}, {assets!r}"
+        )
+
+
+def weights_at(profile: Profile, weights: Weights, now_ms: int) -> dict[str, TypeSums]:
+    """Return what a user's sums weigh at an instant, for readers.
+
+    Parameters
+    ----------
+    profile
+        Not changed.
+    weights
+        The settings that the profile is stored under.
+    now_ms
+        Milliseconds since the epoch. Weights are known from the landmark on: an earlier instant is read as
+        it.
+
+    Returns
+    -------
+    dict
+        Maps event type to its weights (not sums): in total, by label and by asset.
+
+    Notes
+    -----
+    A label's weight over several event types is the sum of its weights.
+
+    Examples
+    --------
+    >>> user = Profile("u1", 0, {"view": TypeSums(3.0, {"swimwear": 2.0}, {"a-1": 1.0})})
+    >>> weights_at(user, Weights(half_life_s=60), now_ms=120_000)
+    {'view': TypeSums(total=0.75, labels={'swimwear': 0.5}, assets={'a-1': 0.25})}
+    """
+    elapsed_ms = max(0, now_ms - profile.landmark_ms)
+    found = {}
+    for event_type, sums in profile.weights.items():
+        left = 2.0 ** (-elapsed_ms / weights.half_life_ms(event_type))
+        found[event_type] = TypeSums(
+            sums.total * left,
+            {label: amount * left for label, amount in sums.labels.items()},
+            {asset_id: amount * left for asset_id, amount in sums.assets.items()},
+        )
+    return found

@@ -1,0 +1,112 @@
+"""A slice of a partition's log, applied to the profiles of its users.
+
+Decides the two things that are not a user's own: the partition's stream time, and that a profile from other
+definitions is brought up to date before its next record. It must not know how records were read, where
+profiles are kept or how results are committed.
+
+Stream time S is the largest instant of the partition's valid records so far, so it is a function of the log,
+and so are the results: cutting the same log into other slices gives the same transitions.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from stream_app.core.event import Record
+from stream_app.core.fold import Fold, Transition
+from stream_app.core.profile import Profile
+from stream_app.core.segment import SegmentSet
+
+__all__ = ["StepResult", "fold_slice"]
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a slice changed.
+
+    Parameters
+    ----------
+    profiles
+        Maps user id to the profile after the slice, for those that differ from what was given.
+    transitions
+        In the order of the log.
+    stream_time_ms
+        S after the slice, `None` while no valid record has been seen.
+    """
+
+    profiles: dict[str, Profile]
+    transitions: list[Transition]
+    stream_time_ms: int | None
+
+
+def fold_slice(
+    fold: Fold,
+    records: Sequence[Record],
+    profiles: dict[str, Profile],
+    stream_time_ms: int | None,
+    clock: Literal["wall", "event"],
+    old: Mapping[str, SegmentSet],
+) -> StepResult:
+    """Apply the valid records of a slice in order.
+
+    Parameters
+    ----------
+    fold
+        The definitions and settings of today.
+    records
+        Valid records of one partition, by offset; may be empty.
+    profiles
+        Maps user id to the stored profile of every user of the slice who has one. Changed in place, the
+        profiles too: after an error it must be thrown away.
+    stream_time_ms
+        S before the slice, `None` if no valid record came before it.
+    clock
+        "wall" takes a record's Kafka timestamp for its instant, "event" its event's timestamp.
+    old
+        Maps fingerprint to the definitions that stored profiles may have been evaluated under, may be empty.
+
+    Returns
+    -------
+    StepResult
+
+    Raises
+    ------
+    ValueError
+        If a profile was evaluated under definitions that are not in `old`, or exists without a stream time.
+
+    Examples
+    --------
+    >>> from stream_app.core.decay import Weights
+    >>> from stream_app.core.event import Event
+    >>> from stream_app.core.segment import Segment
+    >>> weights = Weights(half_life_s=1_000)
+    >>> fold = Fold(SegmentSet([Segment("swim", labels=("swimwear",), min_weight=0.5)], weights), weights)
+    >>> seen = Record(7, 9_000, Event("u1", "view", 5_000, "e-1", ("swimwear",)))
+    >>> result = fold_slice(fold, [seen], {}, None, "event", {})
+    >>> [(t.segment_id, t.status, t.time_ms, t.offset) for t in result.transitions], result.stream_time_ms
+    ([('swim', 'entered', 5000, 7)], 5000)
+    """
+    changed: dict[str, Profile] = {}
+    transitions: list[Transition] = []
+    fingerprint = fold.segments.fingerprint
+    for record in records:
+        event = record.event
+        instant_ms = event.event_time_ms if clock == "event" else record.kafka_time_ms
+        before_ms = stream_time_ms
+        if stream_time_ms is None or instant_ms > stream_time_ms:
+            stream_time_ms = instant_ms
+        profile = profiles.get(event.user_id)
+        if profile is not None and profile.definitions != fingerprint:
+            if before_ms is None or profile.definitions not in old:
+                raise ValueError(
+                    f"profile of {event.user_id!r}: expected a stream time and definitions {fingerprint} or "
+                    f"one of {sorted(old)}, got stream time {before_ms} and definitions {profile.definitions!r}"
+                )
+            transitions += fold.redefine(profile, before_ms, old[profile.definitions])
+            changed[event.user_id] = profile
+        applied = None if profile is None else profile.applied
+        after, caused = fold.apply(profile, event, stream_time_ms, record.offset)
+        if after is not profile or after.applied != applied or caused:
+            profiles[event.user_id] = changed[event.user_id] = after
+            transitions += caused
+    return StepResult(changed, transitions, stream_time_ms)

@@ -1,0 +1,157 @@
+"""Servers and programs for the tests, by name: see `tests/backends.py` and `tests/processes.py`.
+
+A server that cannot be had is a skip with its reason; with ``CI=true`` it is a failure, since there nobody
+reads skips.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from stream_app.embedded import EmbeddedServerError, Server
+from tests import backends
+from tests.backends import Kind, Names, ServiceMissing
+from tests.processes import Programs
+
+LOG_SHOWN_CHARS = 20_000
+_programs = pytest.StashKey[Programs]()
+
+
+def pytest_report_header() -> str:
+    kafka = backends.kind_of(backends.kafka_from_environment(os.environ), os.environ)
+    store = backends.kind_of(backends.redis_from_environment(os.environ), os.environ)
+    return f"servers: Kafka {kafka}, Redis {store}"
+
+
+def missing(reason: str) -> NoReturn:
+    """Skip the test on a laptop, fail it in CI."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI must have every server: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+# --- the session's own servers -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def kafka_kind() -> Kind:
+    """Where the broker comes from: "embedded", "apache", "docker" or "environment"."""
+    return backends.kind_of(backends.kafka_from_environment(os.environ), os.environ)
+
+
+@pytest.fixture(scope="session")
+def redis_kind() -> Kind:
+    """Where the store comes from: "embedded", "apache" (the PATH's), "docker" or "environment"."""
+    return backends.kind_of(backends.redis_from_environment(os.environ), os.environ)
+
+
+@pytest.fixture(scope="session")
+def kafka_bootstrap(kafka_kind: Kind) -> Iterator[str]:
+    """Bootstrap servers of the session's broker; use topics of `names`."""
+    with ExitStack() as stack:
+        try:
+            bootstrap = stack.enter_context(
+                backends.open_kafka(kafka_kind, backends.kafka_from_environment(os.environ))
+            )
+        except (ServiceMissing, EmbeddedServerError) as exc:
+            missing(str(exc))
+        yield bootstrap
+
+
+@pytest.fixture(scope="session")
+def redis_url(redis_kind: Kind) -> Iterator[str]:
+    """URL of the session's store; other tests use it too: see `fresh_redis`."""
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(
+                backends.open_redis(redis_kind, backends.redis_from_environment(os.environ))
+            )
+        except (ServiceMissing, EmbeddedServerError) as exc:
+            missing(str(exc))
+        yield url
+
+
+# --- what one test owns ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def names() -> Names:
+    """Topics and a consumer group that no other test uses; they do not exist yet."""
+    return Names.unique()
+
+
+@pytest.fixture
+def fresh_redis(redis_url: str, redis_kind: Kind) -> Iterator[str]:
+    """URL of a database of the session's store with nothing in it."""
+    with ExitStack() as stack:
+        try:
+            url = stack.enter_context(backends.empty_redis(redis_url, ours=redis_kind != "environment"))
+        except ServiceMissing as exc:
+            missing(str(exc))
+        yield url
+
+
+@pytest.fixture
+def redis_server(redis_kind: Kind) -> Iterator[Callable[..., Server]]:
+    """Start a store of this test's own, to be killed, filled or misconfigured at will.
+
+    ``redis_server("--maxmemory-policy", "allkeys-lru", port=0)`` returns the `Server`.
+    """
+    with ExitStack() as stack:
+
+        def start(*arguments: str, port: int = 0) -> Server:
+            try:
+                return stack.enter_context(backends.local_redis(redis_kind, port, arguments))
+            except ServiceMissing as exc:
+                missing(str(exc))
+
+        yield start
+
+
+@pytest.fixture
+def kafka_server(kafka_kind: Kind) -> Iterator[Callable[..., Server]]:
+    """Start a broker of this test's own (``kafka_server(port=0)``); Apache's takes about 4 seconds."""
+    with ExitStack() as stack:
+
+        def start(*, port: int = 0) -> Server:
+            try:
+                return stack.enter_context(backends.local_kafka(kafka_kind, port))
+            except ServiceMissing as exc:
+                missing(str(exc))
+
+        yield start
+
+
+@pytest.fixture
+def programs(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Programs]:
+    """Start `stream-app` commands as processes that end with the test; their logs are shown if it fails."""
+    started = Programs(tmp_path, {})
+    request.node.stash[_programs] = started
+    yield started
+    started.stop()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and _programs in item.stash:
+        for program in item.stash[_programs].started:
+            report.sections.append((f"log of {program.name}", program.log[-LOG_SHOWN_CHARS:]))
+    return report
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the larger real data sets, which are not part of this repository."""
+    folder = Path(os.environ.get("SHARED_DATA_DIR", backends.ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set SHARED_DATA_DIR")
+    return folder
