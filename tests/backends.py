@@ -19,8 +19,8 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -374,57 +374,67 @@ async def log_ends(bootstrap: str, topic: str, *, deadline_s: float = 20) -> dic
     Taken from the answer to a fetch: Tansu's answer to ListOffsets is the *first* offset of the last batch,
     plus one.
     """
-    consumer = _reader(bootstrap)
-    await consumer.start()
-    try:
-        return {tp.partition: end for tp, end in (await _ends(consumer, [topic], deadline_s)).items()}
-    finally:
-        await consumer.stop()
+    async with _reader(bootstrap, [topic]) as (consumer, partitions):
+        ends = await _ends(consumer, partitions, deadline_s)
+    return {tp.partition: end for tp, end in ends.items()}
 
 
 async def read_to_end(bootstrap: str, *topics: str, deadline_s: float = 60) -> list[ConsumerRecord]:
     """Read all committed records that the topics hold now, by topic, partition and offset."""
-    consumer = _reader(bootstrap)
-    await consumer.start()
-    try:
-        ends = await _ends(consumer, topics, deadline_s)
-        await consumer.seek_to_beginning(*ends)
-        records: list[ConsumerRecord] = []
+    records: list[ConsumerRecord] = []
+    async with _reader(bootstrap, topics) as (consumer, partitions):
+        ends = await _ends(consumer, partitions, deadline_s)
+        await consumer.seek_to_beginning(*partitions)
         deadline = time.monotonic() + deadline_s
-        while behind := [tp for tp, end in ends.items() if await consumer.position(tp) < end]:
+        while behind := [tp for tp in partitions if await consumer.position(tp) < ends[tp]]:
             assert time.monotonic() < deadline, f"not read within {deadline_s} s: {behind}"
             for batch in (await consumer.getmany(*behind, timeout_ms=200)).values():
                 records.extend(batch)
-    finally:
-        await consumer.stop()
     wanted = [
         record for record in records if record.offset < ends[TopicPartition(record.topic, record.partition)]
     ]
     return sorted(wanted, key=lambda record: (record.topic, record.partition, record.offset))
 
 
-def _reader(bootstrap: str) -> AIOKafkaConsumer:
-    return AIOKafkaConsumer(
+@asynccontextmanager
+async def _reader(
+    bootstrap: str, topics: Sequence[str]
+) -> AsyncIterator[tuple[AIOKafkaConsumer, list[TopicPartition]]]:
+    """Yield a consumer of no group that has all partitions of the topics, and these."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        absent = set(topics) - set(await admin.list_topics())
+        assert not absent, (
+            f"no such topic: {', '.join(sorted(absent))}"
+        )  # Tansu would create it when described
+        described = await admin.describe_topics(list(topics))
+    finally:
+        await admin.close()
+    partitions = [
+        TopicPartition(topic["topic"], partition["partition"])
+        for topic in described
+        for partition in topic["partitions"]
+    ]
+    consumer = AIOKafkaConsumer(
         bootstrap_servers=bootstrap,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         isolation_level="read_committed",
         fetch_max_wait_ms=50,
     )
+    await consumer.start()
+    try:
+        consumer.assign(partitions)
+        yield consumer, partitions
+    finally:
+        await consumer.stop()
 
 
 async def _ends(
-    consumer: AIOKafkaConsumer, topics: Sequence[str], deadline_s: float
+    consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], deadline_s: float
 ) -> dict[TopicPartition, int]:
-    """Assign all partitions of the topics to the consumer and return their ends, as fetches tell them."""
     deadline = time.monotonic() + deadline_s
-    partitions = []
-    for topic in topics:
-        while not (numbers := consumer.partitions_for_topic(topic)):
-            assert time.monotonic() < deadline, f"topic {topic} not there within {deadline_s} s"
-            await consumer.topics()  # asks for all of them: Tansu creates a topic that is asked for by name
-        partitions += [TopicPartition(topic, number) for number in sorted(numbers)]
-    consumer.assign(partitions)
     for tp, offset in (await consumer.end_offsets(partitions)).items():
         consumer.seek(tp, offset)
     while unknown := [tp for tp in partitions if consumer.last_stable_offset(tp) is None]:

@@ -1,9 +1,9 @@
 """The naive judge of base segments: what a partition's log means, in plain lines.
 
-It decides, from the log alone, which users enter and leave which base segments and when. A weight is the sum
-over every event the user still has, an exit instant is found by bisection on that sum: no landmarks, no stored
-sums, no logarithms. It must not know anything of ``stream_app``; the fold is compared with it, so whatever both
-would share could be wrong in both.
+It decides, from the log alone, which users enter and leave which base segments and when. A weight is the
+sum over every event the user still has, an exit instant is found by bisection on that sum: no landmarks, no
+stored sums, no logarithms. It must not know anything of ``stream_app``; the fold is compared with it, so
+whatever both would share could be wrong in both.
 
 Definitions and weights are the plain dicts of ``segments.toml`` and of ``[weights]`` in ``app.toml``.
 Instants are integer milliseconds since the epoch, UTC.
@@ -30,13 +30,13 @@ CAPS = {"label": 512, "asset": 256, "type": 64}
 
 Clock = Literal["wall", "event"]
 Item = tuple[str, str]  # ("label" | "asset", name), or ("type", "") for the event type itself
-# Decayed weights at one instant: criteria, each (max or min) over items, each a list of (half-life ms, weight).
+# Weights at one instant: criteria, each (max or min) over items, each a list of (half-life ms, weight).
 Decaying = list[tuple[Callable[[Iterable[float]], float], list[list[tuple[float, float]]]]]
 
 
 @dataclass(frozen=True, slots=True)
 class OracleRecord:
-    """One valid record of a partition; ``event_time_ms`` is already clamped to the record's Kafka timestamp."""
+    """One valid record of a partition; ``event_time_ms`` is clamped to the record's Kafka timestamp."""
 
     offset: int
     kafka_time_ms: int
@@ -68,7 +68,7 @@ class OracleTransition:
 
 @dataclass(frozen=True, slots=True)
 class OracleProfile:
-    """A user's state at the end: weights by (event type, kind, name), memberships with their exit (None: never)."""
+    """A user's state at the end: weights by (event type, kind, name), memberships with exits (None: never)."""
 
     weights: dict[tuple[str, str, str], float]
     exits_at_ms: dict[str, int | None]
@@ -121,14 +121,15 @@ def transition_id(user_id: str, segment_id: str, time_ms: int, seq: int) -> str:
 
 
 def crossing_ms(falling: Callable[[float], float], threshold: float, guess_ms: int) -> int | None:
-    """Return how many ms after 0 a falling function crosses `threshold`, rounded; None if it is below already.
+    """Return how many ms after 0 a falling function crosses `threshold`, rounded; None if it is below at 0.
 
-    The rounded crossing is the first whole ms n with the function at n + 1/2 below the threshold. Where it takes
-    longer than the calendar lasts, the answer is past ``NEVER_MS``.
+    The rounded crossing is the first whole ms n with the function at n + 1/2 below the threshold. Where it
+    takes longer than the calendar lasts, the answer is past ``NEVER_MS``.
     """
     if falling(0.0) < threshold:
         return None
-    low, high = -1, max(guess_ms, 1)  # at low + 1/2 it is not below (before 0 it is higher still), at high it is
+    # At low + 1/2 the function is not below (before 0 it is higher still), at high + 1/2 it will be.
+    low, high = -1, max(guess_ms, 1)
     while falling(high + 0.5) >= threshold:
         low, high = high, high * 2
         if low > NEVER_MS:
@@ -149,7 +150,8 @@ class Oracle:
         self.default_half_life_s = float(weights.get("half_life_s", 2592000.0))
         self.floor = float(weights.get("history_floor", 1e-3))
         self.event_types: Mapping[str, Mapping[str, Any]] = weights.get("event_types", {})
-        self.rules = _excluded_first([_rule(s, self.floor) for s in segments if s.get("type", "base") == "base"])
+        base = [segment for segment in segments if segment.get("type", "base") == "base"]
+        self.rules = _excluded_first([_rule(segment, self.floor) for segment in base])
         self.named = {
             "label": {name for rule in self.rules for name in rule.labels},
             "asset": {name for rule in self.rules for name in rule.asset_ids},
@@ -203,7 +205,7 @@ class Oracle:
         return criteria
 
     def exit_instant(self, criteria: Decaying, rule: _Rule, at_ms: int) -> int:
-        """Return the instant from which the segment's weight is below its exit threshold (0 if it already is)."""
+        """Return the instant from which the segment is below its exit threshold (0 if it is already)."""
         longest = max((h for _, items in criteria for item in items for h, _ in item), default=1.0)
         after_ms = crossing_ms(lambda ms: segment_weight(criteria, ms), rule.exit_below, round(longest))
         return 0 if after_ms is None else min(at_ms + after_ms, NEVER_MS)
@@ -217,7 +219,9 @@ class Oracle:
 
     # -- one evaluation ------------------------------------------------------------------------------------
 
-    def evaluate(self, user: _User, at_ms: int, cause: str, start: set[str], record: OracleRecord | None) -> None:
+    def evaluate(
+        self, user: _User, at_ms: int, cause: str, start: set[str], record: OracleRecord | None
+    ) -> None:
         """Evaluate the segments of `start` at `at_ms`, and those that exclude one that changed.
 
         With a record, `start` are the segments that it touches; without, those that are due.
@@ -350,9 +354,10 @@ class Oracle:
             self.happened["type_cap"] += 1
 
     def forget_instant(self, user: _User, now_ms: int, event_type: str) -> int:
-        """Return when the last event type reaches the floor, at least a half-life of `event_type` from now."""
+        """Return when the last event type reaches the floor, at least a half-life from now."""
         totals = [
-            (self.half_life_ms(name), self.key_weight(user, name, ("type", ""), now_ms)) for name in user.events
+            (self.half_life_ms(name), self.key_weight(user, name, ("type", ""), now_ms))
+            for name in user.events
         ]
         at_least = now_ms + round(self.half_life_ms(event_type))
         if not totals:
@@ -366,8 +371,15 @@ class Oracle:
 def segment_weight(criteria: Decaying, after_ms: float) -> float:
     """Return the smallest criterion `after_ms` later; each item decays by itself, part by part."""
     return min(
-        pick([sum([weight * 2.0 ** (-after_ms / half_life) for half_life, weight in item]) for item in items])
-        for pick, items in criteria
+        [
+            pick(
+                [
+                    sum([weight * 2.0 ** (-after_ms / half_life) for half_life, weight in item])
+                    for item in items
+                ]
+            )
+            for pick, items in criteria
+        ]
     )
 
 
@@ -439,7 +451,9 @@ def judge(
                 for event_type, lists in user.events.items()
                 for item in lists
             },
-            exits_at_ms={s: exits_at if exits_at < NEVER_MS else None for s, exits_at in user.members.items()},
+            exits_at_ms={
+                s: exits_at if exits_at < NEVER_MS else None for s, exits_at in user.members.items()
+            },
             seqs=dict(user.seqs),
             applied=user.applied,
             forget_ms=user.forget_ms,
@@ -523,7 +537,9 @@ def records_by_partition(
 
 
 def unix_ms(timestamp: str | float) -> int:
-    """Return an event's timestamp as integer ms, cut: an RFC 3339 string or Unix seconds (to the microsecond)."""
+    """Return an event's timestamp as integer ms, cut: an RFC 3339 string, or Unix seconds."""
     if isinstance(timestamp, str):
-        return (datetime.fromisoformat(timestamp) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+        return (datetime.fromisoformat(timestamp) - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(
+            milliseconds=1
+        )
     return round(timestamp * 1e6) // 1000

@@ -1,7 +1,8 @@
 """Seeded messy logs of one partition, with definitions and weights to judge them by.
 
-Everything is made as plain data (the oracle's records, dicts as in the configuration files); the conversions to
-the core's types are at the end. A log is a function of its seed and shape alone: print ``log.name`` in failures.
+Everything is made as plain data (the oracle's records, dicts as in the configuration files); the conversions
+to the core's types are at the end. A log is a function of its seed and shape alone: failures print
+``log.name``.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ class RandomLog:
 
 SHAPES: Mapping[str, Shape] = {
     # Minutes to hours: memberships come and go, profiles are forgotten in every silence.
-    "minutes-event": Shape(10_000, 120, "event", 20 * SECOND_MS, (600.0, 60.0, 7200.0, 30.0), silence_ms=DAY_MS),
+    "minutes-event": Shape(
+        10_000, 120, "event", 20 * SECOND_MS, (600.0, 60.0, 7200.0, 30.0), silence_ms=DAY_MS
+    ),
     "minutes-wall": Shape(10_000, 120, "wall", 20 * SECOND_MS, (600.0, 45.0, 3600.0, 1.5), silence_ms=DAY_MS),
     # Seconds: exits a few ms apart, the 10 ms hold, exponents that need many rebases.
     "seconds-event": Shape(
@@ -69,7 +72,9 @@ SHAPES: Mapping[str, Shape] = {
     "mixed-event": Shape(10_000, 100, "event", 40 * MINUTE_MS, (86400.0, 10.0, YEAR_S, 3600.0, 7 * 86400.0)),
     "mixed-wall": Shape(10_000, 100, "wall", 40 * MINUTE_MS, (3 * 86400.0, YEAR_S, 5.0, 1800.0)),
     # Days to a year, the scale of real shops.
-    "days-event": Shape(10_000, 150, "event", HOUR_MS, (30 * 86400.0, 7 * 86400.0, YEAR_S), silence_ms=60 * DAY_MS),
+    "days-event": Shape(
+        10_000, 150, "event", HOUR_MS, (30 * 86400.0, 7 * 86400.0, YEAR_S), silence_ms=60 * DAY_MS
+    ),
     "days-wall": Shape(10_000, 150, "wall", HOUR_MS, (14 * 86400.0, 86400.0, YEAR_S), silence_ms=90 * DAY_MS),
     # A high floor: a lot is forgotten, by key and by profile.
     "high-floor-event": Shape(
@@ -85,7 +90,7 @@ SHAPES: Mapping[str, Shape] = {
     ),
     # Weights that outlive the calendar: exits that are never published.
     "ages-wall": Shape(
-        5_000, 60, "wall", 6 * HOUR_MS, (2000 * YEAR_S, 86400.0, YEAR_S), silence_ms=3000 * DAY_MS
+        5_000, 60, "wall", 6 * HOUR_MS, (1e10, 86400.0, YEAR_S), floor=1e-9, silence_ms=3000 * DAY_MS
     ),
 }  # fmt: skip
 
@@ -137,11 +142,17 @@ def random_segments(rng: random.Random, shape: Shape) -> list[dict[str, Any]]:
         {"id": "some-types-only", "labels": labels[:2], "event_types": types[1:3], "min_weight": 0.4},
         # A excludes B excludes C, and D excludes A and C: each link seen from both ends.
         {"id": "a-chain", "labels": labels[:3], "min_weight": 0.5, "exclude": ["b-chain"]},
-        {"id": "b-chain", "labels": labels[:2], "min_weight": 1.2, "exit_weight": 0.9, "exclude": ["z-chain"]},
+        {
+            "id": "b-chain",
+            "labels": labels[:2],
+            "min_weight": 1.2,
+            "exit_weight": 0.9,
+            "exclude": ["z-chain"],
+        },
         {"id": "z-chain", "event_types": types[:3], "min_weight": 2.5, "exit_weight": 2.0},
         {"id": "d-chain", "event_types": types, "exclude": ["a-chain", "z-chain"]},
     ]
-    for n in range(12):
+    for n in range(9):
         segment: dict[str, Any] = {"id": f"random-{n}", "name": f"Random {n}", "type": "base"}
         criteria = rng.choice(["labels", "labels", "assets", "both", "types"])
         if criteria in ("labels", "both"):
@@ -154,7 +165,9 @@ def random_segments(rng: random.Random, shape: Shape) -> list[dict[str, Any]]:
             segment["event_types"] = rng.sample(types, rng.randint(1, 3))
         segment["min_weight"] = rng.choice([0, shape.floor, 0.1, 0.5, 0.75, 1.0, 1.0, 2.0, 5.0, 7.5])
         if segment["min_weight"] >= 0.1 and rng.random() < 0.5:
-            segment["exit_weight"] = max(shape.floor, segment["min_weight"] * rng.choice([0.1, 0.5, 0.9, 1.0]))
+            segment["exit_weight"] = max(
+                shape.floor, segment["min_weight"] * rng.choice([0.1, 0.5, 0.9, 1.0])
+            )
         elif segment["min_weight"] == 0 and rng.random() < 0.3:
             segment["exit_weight"] = 0
         if rng.random() < 0.35:  # only earlier ones: no circle
@@ -199,7 +212,9 @@ def random_records(rng: random.Random, shape: Shape) -> list[OracleRecord]:
                 offset=n + n // 10,  # with gaps, as compaction and markers leave them
                 kafka_time_ms=kafka_time_ms,
                 user_id=user,
-                event_type=type_name(min(int(rng.expovariate(2.5 / shape.event_types)), shape.event_types - 1)),
+                event_type=type_name(
+                    min(int(rng.expovariate(2.5 / shape.event_types)), shape.event_types - 1)
+                ),
                 event_time_ms=kafka_time_ms - random_lateness_ms(rng, shape),
                 event_id=f"e{n}",
                 labels=tuple(dict.fromkeys(names)),
@@ -288,8 +303,10 @@ def core_weights(weights: Mapping[str, Any]) -> Weights:
 
 def core_segments(segments: Sequence[Mapping[str, Any]], weights: Mapping[str, Any]) -> SegmentSet:
     """Return the definitions as the core's type."""
-    tuples = ("labels", "asset_ids", "event_types", "exclude")
-    return SegmentSet(
-        (Segment(**{key: tuple(v) if key in tuples else v for key, v in segment.items()}) for segment in segments),
-        core_weights(weights),
-    )
+    made = []
+    for segment in segments:
+        arguments: dict[str, Any] = dict(segment)
+        for key in ("labels", "asset_ids", "event_types", "exclude"):
+            arguments[key] = tuple(segment.get(key, ()))
+        made.append(Segment(**arguments))
+    return SegmentSet(made, core_weights(weights))

@@ -50,10 +50,12 @@ class Assignment:
     # What the transport asks and tells.
 
     def wants(self, partition: int) -> bool:
+        """Say whether more slices of a partition may be fetched."""
         task = self._tasks.get(partition)
         return task is not None and task.wants()
 
     def assigned(self, partitions: frozenset[int]) -> None:
+        """Begin work on what is new in the assignment."""
         self.was_assigned = True
         if self._shell is None or self._draining:
             return
@@ -66,6 +68,7 @@ class Assignment:
             self._running[partition] = running
 
     async def revoked(self, partitions: frozenset[int]) -> None:
+        """End work on partitions; nothing of it is under way when this returns."""
         running = []
         for partition in partitions:
             self._tasks.pop(partition, None)
@@ -77,11 +80,13 @@ class Assignment:
             await asyncio.wait(running)
 
     def submit(self, part: Slice, acknowledge: Callable[[], object]) -> None:
+        """Hand a slice to its partition; one that is no longer here drops it unacknowledged."""
         task = self._tasks.get(part.partition)
         if task is not None:
             task.submit(part, acknowledge)
 
     async def failed(self) -> BaseException:
+        """Wait until a partition cannot go on, and return why."""
         if self._failure is None:
             raise RuntimeError("expected equip() before failed()")
         return await asyncio.shield(self._failure)

@@ -1,7 +1,7 @@
-"""Look at the surroundings before anything is written: is this Redis, this topic, fit for the guarantees?
+"""Look, before anything is written, whether this Redis and these topics are fit for the guarantees.
 
-Decides what makes a start impossible. `stream-app worker` refuses with the first of these findings that is not
-well; `stream-app doctor` shows all of them. Must not change anything.
+Decides what makes a start impossible. `stream-app worker` refuses with the first of these findings that is
+not well; `stream-app doctor` shows all of them. Must not change anything.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ async def check_redis(client: aioredis.Redis, url: str) -> list[Finding]:
             "unchecked" if policy is None else "ok" if policy == "noeviction" else "bad",
             "maxmemory-policy noeviction, since an evicted profile is a lost history",
             str(policy),
-            "Set maxmemory-policy to noeviction (if Redis does not tell it, check by hand, then --unchecked).",
+            "Set maxmemory-policy to noeviction (if Redis does not tell, check by hand, then --unchecked).",
         ),
         Finding(
             f"{where}, role",

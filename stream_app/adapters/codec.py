@@ -313,10 +313,12 @@ def _too_deep_msgpack(value: bytes) -> bool:
     return False
 
 
+_OFFSET = r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _RFC_3339 = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:([0-9]{2})(?:\.[0-9]+)?"
-    r"([Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-5][0-9](?:\.[0-9]+)?" + _OFFSET
 ).fullmatch
+_LEAP_SECOND = re.compile(r"(.{10}[Tt].{6})60(?:\.[0-9]+)?(" + _OFFSET + ")").fullmatch
+_from_iso = datetime.fromisoformat
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _LATEST_S = NEVER_MS // 1000
@@ -358,19 +360,20 @@ def _instant_ms(timestamp: float | str) -> int | None:
 
 
 def _rfc_3339_ms(text: str) -> int | None:
-    shape = _RFC_3339(text)
-    if shape is None:
-        return None
-    leap_ms = 0
-    if shape[1] == "60":
-        # A leap second, which ends a day in UTC, counts as POSIX does: as the first of the next day.
-        text, leap_ms = f"{text[:17]}59{shape[2]}", 1000
+    if not _RFC_3339(text):
+        return _leap_second_ms(text)
     try:
-        since = datetime.fromisoformat(text if text[-1] != "z" else text.upper()) - _EPOCH
-    except ValueError:
+        since = _from_iso(text if text[-1] != "z" else text.upper()) - _EPOCH
+    except ValueError:  # a day or an hour that does not exist
         return None
-    ms = since.days * 86_400_000 + since.seconds * 1000 + since.microseconds // 1000 + leap_ms
-    return None if leap_ms and ms % 86_400_000 else ms
+    return since.days * 86_400_000 + since.seconds * 1000 + since.microseconds // 1000
+
+
+def _leap_second_ms(text: str) -> int | None:
+    """Count a leap second, which ends a day in UTC, as POSIX does: as the first second of the next day."""
+    leap = _LEAP_SECOND(text)
+    before_ms = _rfc_3339_ms(f"{leap[1]}59{leap[2]}") if leap else None
+    return before_ms + 1000 if before_ms is not None and (before_ms + 1000) % 86_400_000 == 0 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from math import isfinite
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -39,6 +38,7 @@ MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 MAX_NAMED_REFUSALS: Final = 100
 
 _MAX_EVENT_ID = 128
+_YEAR_10000_S = 253_402_300_800
 _LINE_NUMBER_DIGITS = 12
 
 
@@ -176,7 +176,7 @@ class Keyer:
             Without the lines that were refused.
         """
         keyed = Keyed(block.name, block.position_bytes)
-        prefix = b'{"event_id":"' + json.dumps(block.name)[1:-1].encode() + b'-%d",'
+        prefix = b'{"event_id":"' + json.dumps(block.name)[1:-1].encode()
         decode, see, unset = self._decode, self.order.see, msgspec.UNSET
         for number, line in enumerate(block.lines, block.first):
             if line is None:
@@ -187,7 +187,7 @@ class Keyer:
                 continue
             try:
                 head = decode(line)
-            except (msgspec.MsgspecError, RecursionError):
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 lenient = _head_of_doubtful(line)
                 if isinstance(lenient, str):
                     self._refuse(block.name, number, lenient)
@@ -196,9 +196,9 @@ class Keyer:
             try:
                 key = head.user_id.encode()
             except UnicodeEncodeError:
-                self._refuse(block.name, number, "user_id: expected Unicode text, got a lone surrogate")
+                self._refuse(block.name, number, "user_id: expected Unicode text, got something else")
                 continue
-            value = line if head.event_id is not unset else (prefix % number) + line[1:]
+            value = line if head.event_id is not unset else b'%b-%d",%b' % (prefix, number, line[1:])
             if len(key) + len(value) > self._max_record_bytes:
                 got = f"{len(key) + len(value)} bytes"
                 self._refuse(
@@ -252,7 +252,8 @@ def event_time_ms(timestamp: object) -> int | None:
     Returns
     -------
     int or None
-        Milliseconds since the epoch; None for what is no timestamp, on which the worker has the last word.
+        Milliseconds since the epoch; None for what is none, or none of this age. The worker, which has the
+        last word on it, will set that event aside, so that it must not count as the latest.
 
     Examples
     --------
@@ -267,7 +268,7 @@ def event_time_ms(timestamp: object) -> int | None:
         return None if moment.tzinfo is None else round(moment.timestamp() * 1e6) // 1000
     if isinstance(timestamp, bool) or not isinstance(timestamp, int | float):
         return None
-    return round(timestamp * 1e6) // 1000 if isfinite(timestamp) else None
+    return round(timestamp * 1e6) // 1000 if 0 <= timestamp < _YEAR_10000_S else None
 
 
 def input_name(path: str) -> str:

@@ -60,7 +60,7 @@ class EventSender:
     partitions
         How many it has.
     max_batch_bytes
-        The topic's `max.message.bytes`; batches stay below it.
+        The topic's `max.message.bytes`, if it has one; batches stay below it.
 
     Attributes
     ----------

@@ -1,6 +1,7 @@
 """Say over HTTP whether the worker lives, is ready, and what it counts.
 
-Decides what "alive" means: Faust can stay up with a dead coordinator, so a process that answers is not enough.
+Decides what "alive" means: Faust can stay up with a dead coordinator, so that a process answers is not
+enough.
 Alive: the event loop answers, the group coordinator is in touch, and the log moves, or there is nothing to
 read, or a partition is knowingly held. Ready: every assigned partition is claimed and none is held. A worker
 that holds is alive and not ready: killing it would not bring Redis back.

@@ -4,10 +4,10 @@ Decides the order of those steps, what is done when one of them fails, and when 
 is due. One `PartitionTask` a partition, from its assignment to its revocation; everything that it does to the
 partition's state goes through one commit at a time. It must not know Faust or which worker owns what else.
 
-Errors know two ways. A bad record is set aside: its dead letter is committed with the step. Whatever else goes
-wrong is held: the work in hand is dropped unacknowledged, the partition is claimed anew, which reads the truth
-from Redis, publishes what was committed and rewinds the log, until it works or the deadline has passed. A
-commit is never repeated: after a lost reply nobody here knows whether it was made, and the new claim reads it.
+Errors know two ways. A bad record is set aside: its dead letter is committed with the step. Whatever else
+goes wrong is held: the work in hand is dropped unacknowledged, the partition is claimed anew, which reads the
+truth from Redis, publishes what was committed and rewinds the log, until it works or the deadline has passed.
+A commit is never repeated: after a lost reply nobody here knows whether it was made; the new claim reads it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from stream_app.adapters.codec import Decoder, InvalidEvent, Outgoing, dead_letter, transition_message
 from stream_app.adapters.log_ends import LogEnds, LogProbe
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 QUEUED_SLICES: Final = 8
 #: Users whose exits one commit fires, or who are re-evaluated by one commit, at most.
 USERS_PER_STEP: Final = 500
-#: How long after an exit's instant the timer asks whether the log has anything to say about it (design, Time).
+#: How long after an exit's instant the timer asks whether the log has anything to say about it.
 GRACE_MS: Final = 150
 #: How soon the timer asks again when the log was ahead of the fold.
 ASK_AGAIN_S: Final = 0.05
@@ -84,7 +84,7 @@ class Shell:
     """
 
     topic: str
-    clock: str
+    clock: Literal["wall", "event"]
     fold: Fold
     decoder: Decoder
     store: ProfileStore
@@ -274,8 +274,7 @@ class PartitionTask:
         try:
             while not self._draining:
                 try:
-                    await self._claim()
-                    await self._serve()
+                    await self._serve(await self._claim())
                 except HELD as exc:
                     self._let_go()
                     await self._hold(exc)
@@ -284,7 +283,7 @@ class PartitionTask:
 
     # Owning the partition.
 
-    async def _claim(self) -> None:
+    async def _claim(self) -> _Owned:
         """Take the partition over and start where Redis stands.
 
         1. Make sure with Kafka that this member still belongs to the group: a zombie fails here.
@@ -336,6 +335,7 @@ class PartitionTask:
             "partition %d: claimed, epoch %d, watermark %d, log %d to %d",
             p, owned.epoch, owned.watermark, ends.start, ends.end,
         )  # fmt: skip
+        return owned
 
     def _older_sets(self, claim: Claim) -> Mapping[str, SegmentSet]:
         fold = self._shell.fold
@@ -402,16 +402,13 @@ class PartitionTask:
 
     # Serving it.
 
-    async def _serve(self) -> None:
-        owned = self._owned
-        assert owned is not None
+    async def _serve(self, owned: _Owned) -> None:
         while not self._draining:
             idle = True
             if self._queue:
                 await self._take_slice(owned, *self._queue.popleft())
                 idle = False
-            if self._due_by_stream_time(owned):
-                assert owned.stream_time_ms is not None
+            if owned.stream_time_ms is not None and self._due_by_stream_time(owned):
                 await self._fire(owned, owned.stream_time_ms)
                 idle = False
             if self._requests:
@@ -469,13 +466,15 @@ class PartitionTask:
         self._fuse.count(len(part.records), len(outgoing))
         users = dict.fromkeys(record.event.user_id for record in records)
         profiles, before = await shell.store.load(p, users)
+        for profile in profiles.values():
+            self._check_definitions(owned, profile)
         result = fold_slice(
             shell.fold,
             records,
             profiles,
             owned.stream_time_ms,
             shell.clock,
-            owned.old,  # type: ignore[arg-type]
+            owned.old,
         )
         replayed = part.from_offset < owned.replayed_below
         outgoing += self._messages(result.transitions, replayed)
@@ -514,6 +513,7 @@ class PartitionTask:
         transitions: list[Transition] = []
         for user_id, profile in profiles.items():
             if profile.definitions != shell.fold.segments.fingerprint:
+                self._check_definitions(owned, profile)
                 transitions += shell.fold.redefine(profile, at_ms, owned.old[profile.definitions])
             elif profile.next_exit_ms is not None and profile.next_exit_ms <= at_ms:
                 transitions += shell.fold.expire(profile, at_ms)
@@ -524,8 +524,18 @@ class PartitionTask:
             replayed = owned.watermark < owned.replayed_below
             await self._commit(owned, self._step(changed, before), self._messages(transitions, replayed))
 
+    def _check_definitions(self, owned: _Owned, profile: Profile) -> None:
+        known = profile.definitions == self._shell.fold.segments.fingerprint
+        if not known and profile.definitions not in owned.old:
+            raise StartRefused(
+                "every profile to be under definitions that Redis still holds",
+                f"one under {profile.definitions!r}",
+                f"partition {self.partition}, keys sa:{{{self.partition}}}:profile:*",
+                "Run `stream-app rebuild`; the log is folded again.",
+            )
+
     async def _wait(self, owned: _Owned) -> None:
-        """Wait for a slice, a request, or the next instant at which an exit may be fired by the wall clock."""
+        """Wait for a slice, a request, or the next instant at which the wall clock may fire an exit."""
         self._wake.clear()
         if self._queue or self._requests or self._draining:
             return

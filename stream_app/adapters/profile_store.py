@@ -479,7 +479,7 @@ def _foreign(key: str, name: str, stored: str, mine: str) -> StartRefused:
             "run `stream-app rebuild` to fold the log again under the new ones."
         )
     else:
-        action = "Point redis.url at this service's own Redis, or run `stream-app rebuild` to forget what it holds."
+        action = "Point redis.url at this service's own Redis, or run `stream-app rebuild` to clear it."
     label = name.replace("_", " ")
     found = f"state of {label} {stored or '(none)'}"
     return StartRefused(f"state of {label} {mine}", found, f"key {key}", action)

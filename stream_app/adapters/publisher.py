@@ -47,7 +47,7 @@ class Publisher:
         """Connect.
 
         An idempotent producer keeps messages single when the client itself sends again. A broker that knows
-        none (the embedded one) is used without: aiokafka has one request under way per partition, so the order
+        none (the embedded one) is used without: aiokafka has one request under way per partition, so order
         holds, and a repeated message carries the id that it had.
 
         Raises

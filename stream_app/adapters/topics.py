@@ -11,15 +11,16 @@ from collections.abc import Mapping
 from typing import Final
 
 from stream_app.adapters.checks import Finding
+from stream_app.adapters.codec import MAX_DEAD_LETTER_BYTES
 from stream_app.adapters.kafka_admin import TopicSpec
 from stream_app.settings import KafkaSettings
 
 DEFAULT_PARTITIONS: Final = 4
-#: Kafka's own default, written down so that the limit of the dead letters can be told from it.
-EVENTS_MAX_MESSAGE_BYTES: Final = 1_048_588
-#: What a dead letter can be larger than its record by: seven headers, one of them the topic's name (at most
-#: 249 characters), and what Kafka adds.
-DEAD_LETTER_HEADERS_BYTES: Final = 2048
+#: Kafka's own default. Written down for the dead letters, as an administrator's lower default could not
+#: hold them.
+DEAD_LETTER_LIMIT_BYTES: Final = 1_048_588
+#: More than a transition can have: its longest parts are ids, of at most 128 characters each.
+MAX_TRANSITION_BYTES: Final = 16 * 1024
 
 _LIMIT = "max.message.bytes"
 
@@ -38,30 +39,18 @@ def wanted_topics(kafka: KafkaSettings, partitions: int) -> list[TopicSpec]:
     -------
     list of TopicSpec
         Events (stamped by the broker, so that stream time does not follow producers' clocks), entered,
-        exited, dead letters (with room for a record of the events topic and the headers that say what is
-        wrong with it).
+        exited, dead letters.
     """
     return [
-        TopicSpec(
-            kafka.events_topic,
-            partitions,
-            {"message.timestamp.type": "LogAppendTime", _LIMIT: str(EVENTS_MAX_MESSAGE_BYTES)},
-        ),
+        TopicSpec(kafka.events_topic, partitions, {"message.timestamp.type": "LogAppendTime"}),
         TopicSpec(kafka.entered_topic, partitions),
         TopicSpec(kafka.exited_topic, partitions),
-        TopicSpec(
-            kafka.dead_letter_topic,
-            partitions,
-            {_LIMIT: str(EVENTS_MAX_MESSAGE_BYTES + DEAD_LETTER_HEADERS_BYTES)},
-        ),
+        TopicSpec(kafka.dead_letter_topic, partitions, {_LIMIT: str(DEAD_LETTER_LIMIT_BYTES)}),
     ]
 
 
 def check_limits(kafka: KafkaSettings, configs: Mapping[str, Mapping[str, str]]) -> list[Finding]:
-    """Tell whether every record of the events topic could be published as a dead letter.
-
-    A dead letter carries its record's key whole, and a key may fill a record; so the limit that counts is the
-    events topic's, not the size of a valid event.
+    """Tell whether everything that the worker publishes fits into its topic.
 
     Parameters
     ----------
@@ -74,24 +63,28 @@ def check_limits(kafka: KafkaSettings, configs: Mapping[str, Mapping[str, str]])
     Returns
     -------
     list of Finding
-        One, or none where there is no limit to compare.
+        One per topic that the worker publishes to and that has a limit.
     """
-    events = configs.get(kafka.events_topic, {}).get(_LIMIT)
-    dead_letters = configs.get(kafka.dead_letter_topic, {}).get(_LIMIT)
-    if events is None or dead_letters is None:
-        return []
-    needed = int(events) + DEAD_LETTER_HEADERS_BYTES
-    return [
-        Finding(
-            f"topic {kafka.dead_letter_topic}, {_LIMIT}",
-            "ok" if int(dead_letters) >= needed else "bad",
-            f"at least {needed} (the limit of {kafka.events_topic} and {DEAD_LETTER_HEADERS_BYTES} for "
-            "headers), since a dead letter that cannot be published stops the worker",
-            dead_letters,
-            f"kafka-configs.sh --alter --entity-type topics --entity-name {kafka.dead_letter_topic} "
-            f"--add-config {_LIMIT}={needed}",
+    found = []
+    for topic, needed in (
+        (kafka.entered_topic, MAX_TRANSITION_BYTES),
+        (kafka.exited_topic, MAX_TRANSITION_BYTES),
+        (kafka.dead_letter_topic, MAX_DEAD_LETTER_BYTES),
+    ):
+        limit = configs.get(topic, {}).get(_LIMIT)
+        if limit is None:
+            continue
+        found.append(
+            Finding(
+                f"topic {topic}, {_LIMIT}",
+                "ok" if int(limit) >= needed else "bad",
+                f"at least {needed}, since what cannot be published stops the worker",
+                limit,
+                f"Run kafka-configs.sh --alter --entity-type topics --entity-name {topic} "
+                f"--add-config {_LIMIT}={needed}.",
+            )
         )
-    ]
+    return found
 
 
 def check_partitions(kafka: KafkaSettings, counts: Mapping[str, int], partitions: int) -> list[Finding]:

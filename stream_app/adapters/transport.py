@@ -236,8 +236,9 @@ class SliceConsumer(faust_aiokafka.Consumer):
             asyncio.run_coroutine_threadsafe(coroutine, self._thread.thread_loop)
         )
 
-    async def getmany(  # noqa: ASYNC109 - Faust calls it so
-        self, timeout: float
+    async def getmany(
+        self,
+        timeout: float,  # noqa: ASYNC109 - Faust calls it so
     ) -> AsyncIterator[tuple[TP, ConsumerMessage]]:
         if not self.flow_active:
             await self.wait(cast(Any, self.can_resume_flow))

@@ -195,16 +195,15 @@ async def send_blocks(
     StreamAppError
         If it could not begin: no Kafka, no topic.
     """
-    from stream_app.adapters.event_lines import Keyer
+    from stream_app.adapters.event_lines import MAX_LINE_BYTES, Keyer
     from stream_app.adapters.event_sender import BATCH_OVERHEAD_BYTES, EventSender
     from stream_app.adapters.kafka_admin import KafkaAdmin
-    from stream_app.adapters.topics import EVENTS_MAX_MESSAGE_BYTES
 
     topic = kafka.events_topic
     async with KafkaAdmin(kafka.bootstrap_servers) as admin:
         partitions = await admin.partition_count(topic)
         topic_config = (await admin.topic_configs([topic])).get(topic, {})
-    limit = int(topic_config.get("max.message.bytes", EVENTS_MAX_MESSAGE_BYTES))
+    limit = int(topic_config.get("max.message.bytes", MAX_LINE_BYTES))
     keyer = Keyer(limit - BATCH_OVERHEAD_BYTES)
     outcome = Outcome(order=keyer.order, refusals=keyer.refusals)
     begin = time.monotonic()

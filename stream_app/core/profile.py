@@ -158,8 +158,8 @@ def unpack(user_id: str, blob: bytes) -> Profile:
     Raises
     ------
     ValueError
-        If it is anything else: another schema version, a field missing or of another type, a number that is
-        negative or not finite, a membership that contradicts its seq. A profile that is read wrongly would be
+        If it is anything else: another schema version, a field missing or of another type, a sum that is
+        not finite, a membership that contradicts its seq. A profile that is read wrongly would be
         written back wrongly, so nothing is guessed.
 
     Examples
@@ -179,58 +179,51 @@ def unpack(user_id: str, blob: bytes) -> Profile:
             )
         weights = {}
         for event_type, (total, labels, assets) in document["w"].items():
-            _check_sums(event_type, total, labels, assets)
+            # One sum tells whether all are finite, since real ones are far from the largest float; a key that is
+            # no string makes the join a TypeError.
+            if type(total) is not float or not isfinite(total + sum(labels.values()) + sum(assets.values())):
+                raise ValueError(
+                    f"expected finite sums in w, got {event_type!r}: {total!r}, {labels!r}, {assets!r}"
+                )
+            "".join(labels), "".join(assets)
             weights[event_type] = TypeSums(total, labels, assets)
         seqs = {}
         exits_at_ms = {}
         for segment_id, (seq, exit_ms) in document["m"].items():
             if type(seq) is not int or seq < 1 or (seq & 1 == 1) != (type(exit_ms) is int):
                 raise ValueError(
-                    f"expected an odd seq with an exit or an even one without, got {seq!r}, {exit_ms!r}"
+                    f"expected in m an odd seq with an instant or an even one without, got {(seq, exit_ms)!r}"
                 )
             seqs[segment_id] = seq
             if exit_ms is not None:
                 exits_at_ms[segment_id] = exit_ms
-        "".join(seqs)  # a TypeError unless all ids are strings
+        "".join(weights), "".join(seqs)
+        landmark_ms, applied, forget_ms = document["l"], document["n"], document["f"]
+        last_transition_ms, definitions = document["t"], document["d"]
+        if (
+            not (type(landmark_ms) is type(applied) is type(forget_ms) is int)
+            or not (last_transition_ms is None or type(last_transition_ms) is int)
+            or type(definitions) is not str
+        ):
+            raise ValueError(
+                "expected integers in l, n, f, an integer or nil in t and a string in d, got "
+                f"{landmark_ms!r}, {applied!r}, {forget_ms!r}, {last_transition_ms!r}, {definitions!r}"
+            )
         ids = document["i"]
-        last_transition_ms = document["t"]
-        profile = Profile(
+        return Profile(
             user_id,
-            document["l"],
+            landmark_ms,
             weights,
             seqs,
             exits_at_ms,
             list(_IDS[len(ids) // _ID_BYTES].unpack(ids)),
-            document["n"],
-            document["f"],
+            applied,
+            forget_ms,
             last_transition_ms,
-            document["d"],
+            definitions,
         )
-        for instant in (profile.landmark_ms, profile.applied, profile.forget_ms, last_transition_ms):
-            if type(instant) is not int and instant is not None:
-                raise ValueError(f"expected integers in l, n, f and t, got {instant!r}")
-        if profile.landmark_ms is None or profile.applied is None or profile.forget_ms is None:
-            raise ValueError("expected integers in l, n and f, got nil")
-        if type(profile.definitions) is not str:
-            raise ValueError(f"expected a string in d, got {profile.definitions!r}")
     except (ValueError, TypeError, LookupError, AttributeError, struct.error, msgpack.UnpackException) as exc:
         raise ValueError(f"profile of {user_id!r}: {exc}") from exc
-    return profile
-
-
-def _check_sums(event_type: str, total: float, labels: dict[str, float], assets: dict[str, float]) -> None:
-    """Raise unless the sums of an event type are usable.
-
-    A sum over all is enough: one that is not finite makes it so, and real sums are far from the largest
-    float.
-    """
-    "".join(labels), "".join(assets), event_type + ""  # a TypeError unless all keys are strings
-    all_sums = total + sum(labels.values()) + sum(assets.values())
-    least = min(total, min(labels.values(), default=0.0), min(assets.values(), default=0.0))
-    if not isfinite(all_sums) or least < 0.0 or type(total) is not float:
-        raise ValueError(
-            f"expected finite sums of 0 or more in w[{event_type!r}], got {total!r}, {labels!r}, {assets!r}"
-        )
 
 
 def weights_at(profile: Profile, weights: Weights, now_ms: int) -> dict[str, TypeSums]:

@@ -220,6 +220,8 @@ class Rule:
         The least weight that enters: the entry threshold less the slack in the member's favour.
     exit_weight
         The threshold that a member must not fall below.
+    log_exit_weight
+        Its logarithm to base 2.
     exclude
         Ids of the segments that suppress this one.
     dependents
@@ -235,6 +237,7 @@ class Rule:
     criteria: tuple[Criterion, ...]
     enter_least: float
     exit_weight: float
+    log_exit_weight: float
     exclude: tuple[str, ...]
     dependents: tuple[int, ...]
     one_item_decides: bool
@@ -575,6 +578,7 @@ def _compile(segments: Sequence[Segment], weights: Weights) -> tuple[Rule, ...]:
                 criteria=criteria,
                 enter_least=enter_weight * (1.0 - SLACK),
                 exit_weight=exit_weight,
+                log_exit_weight=math.log2(exit_weight),
                 exclude=tuple(dict.fromkeys(segment.exclude)),
                 dependents=tuple(dependents[segment.id]),
                 one_item_decides=len(criteria) == 1

@@ -100,7 +100,7 @@ def fold_slice(
             if before_ms is None or profile.definitions not in old:
                 raise ValueError(
                     f"profile of {event.user_id!r}: expected a stream time and definitions {fingerprint} or "
-                    f"one of {sorted(old)}, got stream time {before_ms} and definitions {profile.definitions!r}"
+                    f"one of {sorted(old)}, got {before_ms} and {profile.definitions!r}"
                 )
             transitions += fold.redefine(profile, before_ms, old[profile.definitions])
             changed[event.user_id] = profile

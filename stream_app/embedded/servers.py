@@ -347,7 +347,7 @@ def _start(program: ServerProgram, port: int) -> Server:
 
 
 def _spawn(program: ServerProgram, port: int) -> Server:
-    directory = Path(tempfile.mkdtemp(prefix="stream-app-"))
+    directory = Path(tempfile.mkdtemp(prefix="stream-app-server-"))
     try:
         command = program.command(port, directory)
         with (directory / guard.LOG_NAME).open("ab") as log:

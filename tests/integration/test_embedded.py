@@ -47,6 +47,8 @@ def is_gone(pid: int) -> bool:
     """Whether a process has ended; one that only waits to be reaped has."""
     try:
         os.kill(pid, 0)
+        if sys.platform != "linux":
+            return False
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (ProcessLookupError, FileNotFoundError):
         return True

@@ -1,6 +1,6 @@
 """The 25 published label weights of a product of this kind, reproduced by the oracle and by the core.
 
-`golden_label_weights.json` names its source; the instants of its users are fitted, the weights are as printed.
+`golden_label_weights.json` names its source; its instants are fitted, its weights are as printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ by_name = pytest.mark.parametrize("user", USERS, ids=[user["user"] for user in U
 def records_of(user: dict[str, Any]) -> list[OracleRecord]:
     """Return the user's events in the order of the file (latest first: all but one come late)."""
     return [
-        OracleRecord(n, unix_ms(user["as_of"]), "u", "rating", unix_ms(e["timestamp"]), f"e{n}", tuple(e["labels"]))
+        OracleRecord(
+            n, unix_ms(user["as_of"]), "u", "rating", unix_ms(e["timestamp"]), f"e{n}", tuple(e["labels"])
+        )
         for n, e in enumerate(user["events"])
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 
@@ -10,17 +11,38 @@ import pytest
 
 from stream_app.core.decay import EventTypeWeight, Weights
 from stream_app.core.event import Event, Record
-from stream_app.core.fold import Fold, Transition, transition_id
+from stream_app.core.fold import Fold, transition_id
 from stream_app.core.profile import Profile
 from stream_app.core.segment import Segment, SegmentSet
 from tests.laws.running import Run, by_user, run, run_records, stored_weights
-from tests.random_logs import DAY_MS, SHAPES, YEAR_S, RandomLog, label_name, random_log
-from tests.random_logs import core_records, core_segments, core_weights
+from tests.random_logs import (
+    DAY_MS,
+    SHAPES,
+    YEAR_S,
+    RandomLog,
+    core_records,
+    core_segments,
+    core_weights,
+    label_name,
+    random_log,
+)
 
 SEED = 7
 T = 1_700_000_000_000
-# Two logs in which everything happens: on both clocks, one fast, one with many keys forgotten.
-SOME = ["seconds-event", "mixed-wall", "high-floor-event"]
+# Logs in which everything happens, on both clocks: a fast one, one of long sums, two that forget a lot.
+SOME = ["seconds-event", "mixed-wall", "high-floor-event", "minutes-wall"]
+
+
+@functools.cache
+def some_log(shape: str) -> RandomLog:
+    log = random_log(shape, SEED)
+    return dataclasses.replace(log, records=log.records[:4000])
+
+
+@functools.cache
+def as_it_is(shape: str) -> Run:
+    """Return the run of the log in slices of 500, not to be changed."""
+    return run(some_log(shape))
 
 
 def run_core(log: RandomLog, records: list[Record], batch: int = 500) -> Run:
@@ -66,7 +88,7 @@ def test_shuffled_events_leave_the_same_weights(seed: int) -> None:
 
 @pytest.mark.parametrize("shape", ["seconds-event", "seconds-wall", "mixed-event", "mixed-wall"])
 def test_a_late_event_that_has_decayed_enters_nobody(shape: str) -> None:
-    log = random_log(shape, SEED)
+    log = some_log(shape)
     weights = core_weights(log.weights)
     decayed: set[int] = set()
     stream_time_ms = 0
@@ -77,14 +99,14 @@ def test_a_late_event_that_has_decayed_enters_nobody(shape: str) -> None:
         left = 2.0 ** ((event.event_time_ms - stream_time_ms) / weights.half_life_ms(event.event_type))
         if left * weights.action_weight(event.event_type) < weights.history_floor * 1e-9:
             decayed.add(record.offset)
-    assert len(decayed) > 200, f"{log.name} has too few to prove anything"
-    enters = [t for t in run(log).transitions if t.status == "entered" and t.offset in decayed]
+    assert len(decayed) > 100, f"{log.name} has too few to prove anything"
+    enters = [t for t in as_it_is(shape).transitions if t.status == "entered" and t.offset in decayed]
     assert enters == [], log.name
 
 
 @pytest.mark.parametrize("shape", SOME)
 def test_what_is_forgotten_may_be_removed_at_any_time(shape: str) -> None:
-    log = random_log(shape, SEED)
+    log = some_log(shape)
     rng = random.Random(SEED)
     removed = 0
 
@@ -97,15 +119,14 @@ def test_what_is_forgotten_may_be_removed_at_any_time(shape: str) -> None:
                 del state.profiles[user]
                 removed += 1
 
-    expected = run(log, 20, expire_every=1)
     got = run(log, 20, expire_every=1, after_slice=remove_profiles)
-    assert by_user(got.transitions) == by_user(expected.transitions), log.name
-    assert removed > 100
+    assert by_user(got.transitions) == by_user(as_it_is(shape).transitions), log.name
+    assert removed > 10, f"{log.name} has too few to prove anything"
 
 
 @pytest.mark.parametrize("shape", ["mixed-event", "high-floor-wall"])
 def test_every_64th_event_leaves_no_key_that_may_be_forgotten(shape: str) -> None:
-    log = random_log(shape, SEED)
+    log = some_log(shape)
     weights = core_weights(log.weights)
     looked_at = 0
     records = core_records(log.records)
@@ -122,30 +143,33 @@ def test_every_64th_event_leaves_no_key_that_may_be_forgotten(shape: str) -> Non
             looked_at += 1
             left = stored_weights(profile, weights, state.stream_time_ms)
             assert min(left.values(), default=1.0) >= weights.history_floor * 1e-3 * (1 - 1e-9), log.name
-    assert looked_at > 50
+    assert looked_at > 20
 
 
 @pytest.mark.parametrize("shape", SOME)
 def test_the_same_log_again_says_the_same(shape: str) -> None:
-    log = random_log(shape, SEED)
-    first, again = run(log), run(log)
+    log = some_log(shape)
+    first, again = as_it_is(shape), run(log)
     assert again.transitions == first.transitions
     assert again.profiles == first.profiles
 
 
 @pytest.mark.parametrize("shape", SOME)
 def test_every_record_twice_is_every_record_once(shape: str) -> None:
-    log = random_log(shape, SEED)
+    log = some_log(shape)
     records = core_records(log.records)
     twice = [dataclasses.replace(record, offset=2 * record.offset + n) for record in records for n in (0, 1)]
-    once = run_core(log, [dataclasses.replace(record, offset=2 * record.offset) for record in records])
-    assert by_user(run_core(log, twice).transitions) == by_user(once.transitions), log.name
+    expected = [
+        dataclasses.replace(t, offset=None if t.offset is None else 2 * t.offset)
+        for t in as_it_is(shape).transitions
+    ]
+    assert by_user(run_core(log, twice).transitions) == by_user(expected), log.name
 
 
 @pytest.mark.parametrize("shape", SOME)
 def test_entered_and_exited_alternate_and_ids_never_repeat(shape: str) -> None:
-    log = random_log(shape, SEED)
-    transitions = run(log).transitions
+    log = some_log(shape)
+    transitions = as_it_is(shape).transitions
     for user, said in by_user(transitions).items():
         last_ms = 0
         last_seq: dict[str, int] = {}
@@ -163,10 +187,10 @@ def test_entered_and_exited_alternate_and_ids_never_repeat(shape: str) -> None:
     assert len({t.id for t in transitions}) == len(transitions), log.name
 
 
-@pytest.mark.parametrize("shift_ms", [1, -987_654_321, 86_399_999_999])
+@pytest.mark.parametrize("shift_ms", [1, -987_654_321])
 @pytest.mark.parametrize("shape", SOME)
 def test_a_shifted_clock_shifts_every_time_and_nothing_else(shape: str, shift_ms: int) -> None:
-    log = random_log(shape, SEED)
+    log = some_log(shape)
     records = core_records(log.records)
     shifted = [
         Record(
@@ -176,7 +200,7 @@ def test_a_shifted_clock_shifts_every_time_and_nothing_else(shape: str, shift_ms
         )
         for record in records
     ]
-    expected, got = run_core(log, records).transitions, run_core(log, shifted).transitions
+    expected, got = as_it_is(shape).transitions, run_core(log, shifted).transitions
     assert len(got) == len(expected), log.name
     for want, have in zip(expected, got, strict=True):
         time_ms = want.time_ms + shift_ms
@@ -191,11 +215,10 @@ def test_a_shifted_clock_shifts_every_time_and_nothing_else(shape: str, shift_ms
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_slices_may_be_cut_anywhere(shape: str) -> None:
-    log = random_log(shape, SEED)
-    log = dataclasses.replace(log, records=log.records[:2500])
+    log = some_log(shape)
     rng = random.Random(SEED)
     records = core_records(log.records)
-    whole = run_core(log, records, len(records))
+    whole = as_it_is(shape)
     cut = Run(whole.fold, log.clock)
     start = 0
     while start < len(records):
@@ -212,7 +235,7 @@ def test_slices_may_be_cut_anywhere(shape: str) -> None:
 
 def test_one_segments_log_does_not_depend_on_the_others() -> None:
     log = random_log("minutes-event", SEED)
-    records, weights = core_records(log.records[:3000]), core_weights(log.weights)
+    records, weights = core_records(log.records[:2000]), core_weights(log.weights)
     together = run_records(records, core_segments(log.segments, log.weights), weights, log.clock)
     for segment in log.segments:
         if segment.get("exclude") or segment.get("type") == "discovery":

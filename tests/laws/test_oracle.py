@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.oracle import Oracle, OracleRecord, OracleTransition, judge, oracle_transitions, oracle_weights
-from tests.oracle import records_by_partition, unix_ms
+from tests.oracle import (
+    Oracle,
+    OracleRecord,
+    OracleTransition,
+    judge,
+    oracle_transitions,
+    oracle_weights,
+    records_by_partition,
+    unix_ms,
+)
 from tests.random_logs import SHAPES, random_log
 
 T = 1_700_000_000_000
@@ -60,7 +67,9 @@ def test_without_an_instant_exits_follow_the_stream_time() -> None:
     log = [event(0), event(9_999, user="other", labels="")]
     assert len(oracle_transitions(log, segments, TEN_SECONDS, "event")) == 1
     log.append(event(10_000, user="other", labels=""))
-    assert short(oracle_transitions(log, segments, TEN_SECONDS, "event"))[1:] == [("s", "exited", "decay", 2, 10_000)]
+    assert short(oracle_transitions(log, segments, TEN_SECONDS, "event"))[1:] == [
+        ("s", "exited", "decay", 2, 10_000)
+    ]
 
 
 def test_one_event_of_weight_one_never_enters_at_one() -> None:
@@ -87,7 +96,9 @@ def test_event_types_restrict_the_sum_and_alone_are_the_items() -> None:
     ]
     log = [event(0), event(0, offset=1, labels="b"), event(0, offset=2, of="buy")]
     # "some-type" stands at 4: the heavier of buy (4) and view (2), never their sum.
-    assert short(oracle_transitions(log, segments, weights, "event")) == [("bought-a", "entered", "event", 1, 0)]
+    assert short(oracle_transitions(log, segments, weights, "event")) == [
+        ("bought-a", "entered", "event", 1, 0)
+    ]
 
 
 def test_any_leaves_with_its_latest_item_and_all_with_its_earliest() -> None:
@@ -261,7 +272,11 @@ def test_a_cap_drops_the_lightest_labels_that_no_segment_names() -> None:
         for n in range(9)
     ]
     assert len(oracle_weights(log[:8], segments, TEN_SECONDS, "event")["u"].weights) == 1 + 512
-    kept = {name for _, kind, name in oracle_weights(log, segments, TEN_SECONDS, "event")["u"].weights if kind == "label"}
+    kept = {
+        name
+        for _, kind, name in oracle_weights(log, segments, TEN_SECONDS, "event")["u"].weights
+        if kind == "label"
+    }
     assert len(kept) == 448
     assert "l-0" in kept  # the oldest, but named
     assert not {f"l-{n}" for n in range(1, 64)} & kept
@@ -271,9 +286,14 @@ def test_a_cap_drops_the_lightest_labels_that_no_segment_names() -> None:
 
 
 def test_a_type_cap_drops_no_type_with_something_that_a_segment_names() -> None:
-    segments = [{"id": "s", "labels": ["a"], "min_weight": 9}, {"id": "t", "event_types": ["t1"], "min_weight": 9}]
+    segments = [
+        {"id": "s", "labels": ["a"], "min_weight": 9},
+        {"id": "t", "event_types": ["t1"], "min_weight": 9},
+    ]
     log = [event(n, of=f"t{n}", labels="a" if n == 0 else "") for n in range(65)]
-    kept = {event_type for event_type, _, _ in oracle_weights(log, segments, TEN_SECONDS, "event")["u"].weights}
+    kept = {
+        event_type for event_type, _, _ in oracle_weights(log, segments, TEN_SECONDS, "event")["u"].weights
+    }
     assert kept == {f"t{n}" for n in (0, 1, *range(11, 65))}
 
 
@@ -316,7 +336,10 @@ def test_raw_records_become_records_by_partition() -> None:
         raw(1, 5, T, timestamp="1969-12-31T23:59:59.999+00:00"),  # before 1970: a dead letter
     ]
     assert records_by_partition(raws) == {
-        1: [OracleRecord(3, T, "ü", "view", T, "e"), OracleRecord(7, T, "ü", "view", T, "e", ("b", "a"), "x")],
+        1: [
+            OracleRecord(3, T, "ü", "view", T, "e"),
+            OracleRecord(7, T, "ü", "view", T, "e", ("b", "a"), "x"),
+        ],
         0: [OracleRecord(4, T, "ü", "view", T, "e")],
     }
 

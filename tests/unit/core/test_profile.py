@@ -1,0 +1,147 @@
+"""The stored form of a profile: what comes back, and what is refused."""
+
+import math
+
+import msgpack
+import pytest
+
+from stream_app.core.decay import NEVER_MS, EventTypeWeight, Weights
+from stream_app.core.profile import Profile, TypeSums, pack, unpack, weights_at
+
+
+def full_profile() -> Profile:
+    return Profile(
+        user_id="u1",
+        landmark_ms=1_700_000_000_000,
+        weights={
+            "view": TypeSums(3.25, {"swimwear": 1.5, "été 🏖": 0.1}, {"a-1": 3.25}),
+            "buy": TypeSums(2.0**499),
+        },
+        seqs={"swim": 3, "gone": 2, "always": 1},
+        exits_at_ms={"swim": 1_700_000_500_000, "always": NEVER_MS},
+        recent_ids=[b"12345678", b"\0" * 8],
+        applied=77,
+        forget_ms=1_800_000_000_000,
+        last_transition_ms=1_700_000_000_001,
+        definitions="0123456789abcdef",
+    )
+
+
+def stored(**changes: object) -> bytes:
+    """Return a small valid profile's bytes with some fields changed."""
+    document = {"v": 1, "l": 5, "w": {}, "m": {}, "i": b"", "n": 0, "f": 0, "t": None, "d": ""}
+    packed: bytes = msgpack.packb(document | changes)
+    return packed
+
+
+def test_what_is_packed_comes_back_to_the_last_bit() -> None:
+    profile = full_profile()
+    assert unpack("u1", pack(profile)) == profile
+
+
+def test_packing_what_was_unpacked_gives_the_same_bytes() -> None:
+    blob = pack(full_profile())
+    assert pack(unpack("u1", blob)) == blob
+
+
+def test_the_stored_form_is_the_documented_map() -> None:
+    document = msgpack.unpackb(pack(full_profile()))
+    assert document == {
+        "v": 1,
+        "l": 1_700_000_000_000,
+        "w": {
+            "view": [3.25, {"swimwear": 1.5, "été 🏖": 0.1}, {"a-1": 3.25}],
+            "buy": [2.0**499, {}, {}],
+        },
+        "m": {"swim": [3, 1_700_000_500_000], "gone": [2, None], "always": [1, NEVER_MS]},
+        "i": b"12345678" + b"\0" * 8,
+        "n": 77,
+        "f": 1_800_000_000_000,
+        "t": 1_700_000_000_001,
+        "d": "0123456789abcdef",
+    }
+
+
+def test_the_next_exit_is_the_earliest_that_ever_comes() -> None:
+    profile = full_profile()
+    assert profile.next_exit_ms == 1_700_000_500_000
+    del profile.exits_at_ms["swim"]
+    assert profile.next_exit_ms is None
+    assert profile.is_member("always")
+    assert not profile.is_member("swim")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"v": 2},
+        {"v": None},
+        {"extra": 1},
+        {"l": 1.5},
+        {"l": None},
+        {"n": None},
+        {"f": "0"},
+        {"t": 0.5},
+        {"d": 7},
+        {"d": None},
+        {"i": b"1234567"},
+        {"i": b"\0" * 8 * 33},
+        {"i": "12345678"},
+        {"w": []},
+        {"w": {"view": [1.0, {}]}},
+        {"w": {"view": [1, {}, {}]}},
+        {"w": {"view": ["1", {}, {}]}},
+        {"w": {"view": [1.0, {"a": "x"}, {}]}},
+        {"w": {"view": [1.0, {b"a": 1.0}, {}]}},
+        {"w": {b"view": [1.0, {}, {}]}},
+        {"w": {"view": [1.0, [], {}]}},
+        {"w": {"view": [math.nan, {}, {}]}},
+        {"w": {"view": [1.0, {"a": math.inf}, {}]}},
+        {"w": {"view": [1.0, {"a": math.inf, "b": -math.inf}, {}]}},
+        {"w": {"view": [1.0, {}, {"a": math.nan, "b": 1.0}]}},
+        {"m": {"swim": [1, None]}},
+        {"m": {"swim": [2, 5]}},
+        {"m": {"swim": [0, None]}},
+        {"m": {"swim": [1.0, 5]}},
+        {"m": {"swim": [1]}},
+        {"m": {b"swim": [1, 5]}},
+    ],
+    ids=str,
+)
+def test_a_stored_form_that_is_not_ours_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="profile of 'u1': "):
+        unpack("u1", stored(**changes))
+
+
+@pytest.mark.parametrize(
+    "blob", [b"", b"\xc1", b"\x80", b"\x93\x01\x02\x03", stored()[:-1], stored() + b"\0", b"\x91" * 2_000]
+)
+def test_bytes_that_are_no_profile_are_refused(blob: bytes) -> None:
+    with pytest.raises(ValueError, match="profile of 'u1': "):
+        unpack("u1", blob)
+
+
+def test_the_smallest_valid_profile_is_accepted() -> None:
+    assert unpack("u1", stored()) == Profile("u1", 5)
+
+
+def test_readers_see_every_key_decayed_by_its_own_half_life() -> None:
+    weights = Weights(half_life_s=60, event_types={"buy": EventTypeWeight(2.0, 120)})
+    profile = Profile(
+        "u1", 1_000, {"view": TypeSums(4.0, {"a": 2.0}, {"x": 1.0}), "buy": TypeSums(8.0, {"a": 8.0}, {})}
+    )
+    assert weights_at(profile, weights, 121_000) == {
+        "view": TypeSums(1.0, {"a": 0.5}, {"x": 0.25}),
+        "buy": TypeSums(4.0, {"a": 4.0}, {}),
+    }
+
+
+def test_a_reader_whose_clock_is_behind_the_landmark_sees_the_weights_there() -> None:
+    profile = Profile("u1", 10**12, {"view": TypeSums(1.0)})
+    assert weights_at(profile, Weights(half_life_s=1), 0) == {"view": TypeSums(1.0)}
+
+
+def test_reading_changes_nothing() -> None:
+    profile = full_profile()
+    weights_at(profile, Weights(), 1_700_000_000_500)
+    assert profile == full_profile()
