@@ -11,11 +11,9 @@ import contextlib
 import logging
 import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import redis.asyncio as aioredis
@@ -64,7 +62,7 @@ class Worker:
 
 
 def build_app(
-    settings: Settings, facts: KafkaFacts, redis_client: aioredis.Redis, data_dir: Path, *, accept_gap: bool
+    settings: Settings, facts: KafkaFacts, redis_client: aioredis.Redis, *, accept_gap: bool
 ) -> Worker:
     """Put the parts together. Connects to nothing.
 
@@ -75,8 +73,6 @@ def build_app(
         What was learned of the broker.
     redis_client : redis.asyncio.Redis
         As made by `stream_app.adapters.profile_store.connect`.
-    data_dir : Path
-        A directory that Faust may write to.
     accept_gap : bool
         Go on where the log no longer holds what the watermark asks for.
     """
@@ -88,7 +84,6 @@ def build_app(
         bootstrap_servers=kafka.bootstrap_servers,
         events_topic=kafka.events_topic,
         session_timeout_s=kafka.session_timeout_s,
-        data_dir=data_dir,
         partitions=assignment,
     )
     metrics = Metrics()
@@ -176,15 +171,13 @@ async def _run(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
             findings, facts = await check_kafka(admin, settings)
         refuse(findings, unchecked=unchecked)
 
-        data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stream-app-")))
-        worker = build_app(settings, facts, client, data_dir, accept_gap=accept_gap)
+        worker = build_app(settings, facts, client, accept_gap=accept_gap)
         worker.assignment.equip(worker.shell)
-        await worker.store.describe(worker.shell.identity)
         await worker.probe.start()
         stack.push_async_callback(worker.probe.stop)
         await worker.publisher.start()
         stack.push_async_callback(worker.publisher.stop)
-        ends = await worker.probe.all_ends() if until_end else {}
+        ends = await worker.probe.all_ends(facts.partitions) if until_end else {}
         if settings.worker.http_port:
             runner = await serve_http(worker.health, settings.worker.http_host, settings.worker.http_port)
             stack.push_async_callback(runner.cleanup)

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 import click
 
 from stream_app.commands.demo import demo
+from stream_app.commands.doctor import doctor
 from stream_app.commands.options import closing
+from stream_app.commands.rebuild import rebuild
 from stream_app.commands.replay import replay
 from stream_app.commands.segments import segments
 from stream_app.commands.services import services
+from stream_app.commands.show import show
 from stream_app.commands.topics import topics
 from stream_app.commands.worker import worker
 from stream_app.errors import ConfigError, StreamAppError
@@ -44,7 +47,7 @@ def cli() -> None:
     """
 
 
-for _verb in (demo, services, topics, worker, replay, segments):
+for _verb in (demo, services, topics, worker, replay, show, segments, doctor, rebuild):
     cli.add_command(_verb)
 
 

@@ -68,7 +68,7 @@ class OracleTransition:
 
 @dataclass(frozen=True, slots=True)
 class OracleProfile:
-    """A user's state at the end: weights by (event type, kind, name), memberships with exits (None: never)."""
+    """A user's state at the end: weights by (type, kind, name), memberships with exits (None: never)."""
 
     weights: dict[tuple[str, str, str], float]
     exits_at_ms: dict[str, int | None]
@@ -195,11 +195,11 @@ class Oracle:
         summed_over = rule.event_types or tuple(user.events)
         criteria: Decaying = []
         if rule.labels:
-            pick = min if rule.match_labels == "all" else max
-            criteria.append((pick, [parts(("label", name), summed_over) for name in rule.labels]))
+            items = [parts(("label", name), summed_over) for name in rule.labels]
+            criteria.append((min if rule.match_labels == "all" else max, items))
         if rule.asset_ids:
-            pick = min if rule.match_assets == "all" else max
-            criteria.append((pick, [parts(("asset", name), summed_over) for name in rule.asset_ids]))
+            items = [parts(("asset", name), summed_over) for name in rule.asset_ids]
+            criteria.append((min if rule.match_assets == "all" else max, items))
         if not rule.labels and not rule.asset_ids:
             criteria.append((max, [parts(("type", ""), [name]) for name in rule.event_types]))
         return criteria

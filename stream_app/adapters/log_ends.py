@@ -97,17 +97,10 @@ class LogProbe:
             self._asking = asyncio.create_task(self._ask())
         return await asyncio.shield(waiting)
 
-    async def all_ends(self) -> dict[int, LogEnds]:
-        """Return where all partitions of the topic begin and end."""
-        partitions = self._consumer.partitions_for_topic(self._topic)
-        if partitions is None:
-            try:
-                await asyncio.wait_for(self._consumer.topics(), ANSWER_TIMEOUT_S)
-            except (KafkaError, TimeoutError) as exc:
-                raise StoreUnavailable("Kafka, ends of the log", f"{type(exc).__name__}: {exc}") from exc
-            partitions = self._consumer.partitions_for_topic(self._topic) or set()
-        numbers = sorted(partitions)
-        return dict(zip(numbers, await asyncio.gather(*map(self.ends, numbers)), strict=True))
+    async def all_ends(self, partitions: int) -> dict[int, LogEnds]:
+        """Return where partitions 0 to `partitions` - 1 begin and end."""
+        found = await asyncio.gather(*map(self.ends, range(partitions)))
+        return dict(enumerate(found))
 
     async def _ask(self) -> None:
         while self._waiting:

@@ -219,7 +219,7 @@ class ProfileStore:
         replay_when_new: int | None,
         definitions: tuple[str, str],
     ) -> Claim:
-        """Take a partition over under a new epoch.
+        """Take a partition over under a new epoch, and say in ``sa:meta`` how to read what is stored.
 
         Raises
         ------
@@ -249,6 +249,8 @@ class ProfileStore:
             if code == "OK":
                 flat = [item.decode() for item in reply[1]]
                 fields = dict(zip(flat[::2], flat[1::2], strict=True))
+                # Readers need it, and whoever emptied Redis took it along.
+                await self._redis.hset(META_KEY, mapping=dict(pairs))
                 stored = await self._hash(names.definitions)
                 head = await self._redis.zrange(names.due, 0, 0, withscores=True)
                 return Claim(Watermark.read(fields), stored, int(head[0][1]) if head else None)
@@ -417,12 +419,6 @@ class ProfileStore:
                 yield users
             if cursor == 0:
                 return
-
-    async def describe(self, identity: Identity) -> None:
-        """Write ``sa:meta``, which tells readers how to read the rest."""
-        meta = dict(identity.pairs())
-        with _unavailable("write sa:meta"):
-            await self._redis.hset(META_KEY, mapping=meta)
 
     async def close(self) -> None:
         """Close all connections."""

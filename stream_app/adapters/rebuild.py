@@ -1,9 +1,8 @@
 """Forget all that Redis holds for this service, so that the next worker folds the log from its beginning.
 
 Decides the order in which keys go, so that a rebuild broken off anywhere is seen: every ``wm`` is marked
-first, which workers refuse, and deleted last.
-What Kafka knows of the group stays: it says which transitions are
-published for the second time.
+first, which workers refuse, and deleted last. What Kafka knows of the group stays: it says which transitions
+are published for the second time.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ decided by the watermark in Redis. What is overridden, and why:
     Tell the partitions who owns what.
 ``AIOKafkaConsumerThread._create_worker_consumer``
     Reads committed records only and waits 50 ms, not 1,500 ms, for more.
+``App._new_transport``, ``App._create_directories``
+    Use the above, and leave nothing on disk.
 
 The contract tests (tests/contract/test_faust_contract.py) hold each of these against the installed Faust.
 """
@@ -25,7 +27,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar, cast
 
 import aiokafka
@@ -316,6 +317,10 @@ class SliceApp(faust.App):
     def _new_transport(self) -> SliceTransport:
         return SliceTransport(self.conf.broker_consumer, self)
 
+    def _create_directories(self) -> None:
+        # For tables, which we have none of.
+        return None
+
 
 class Log:
     """The input topic as the partitions see it: where it ends, who owns it, how far it is processed.
@@ -409,7 +414,6 @@ def build_faust_app(
     bootstrap_servers: str,
     events_topic: str,
     session_timeout_s: float,
-    data_dir: Path,
     partitions: Partitions,
 ) -> SliceApp:
     """Build the Faust application: one agent that hands slices to `partitions`. Connects to nothing.
@@ -424,7 +428,6 @@ def build_faust_app(
         group_id,
         broker=[f"aiokafka://{server.strip()}" for server in bootstrap_servers.split(",")],
         autodiscover=False,
-        datadir=str(data_dir),
         web_enabled=False,
         topic_disable_leader=True,
         topic_allow_declare=False,

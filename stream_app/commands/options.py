@@ -91,6 +91,17 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+def printable(text: str) -> str:
+    r"""Return a text that came from outside in a form that cannot steer a terminal.
+
+    Examples
+    --------
+    >>> printable("tea \x1b[2J")
+    'tea \\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def duration_text(duration_ms: float) -> str:
     """Say a duration in at most two units.
 

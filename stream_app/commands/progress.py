@@ -22,18 +22,20 @@ class _TimeLeft(ProgressColumn):
 
 
 @contextmanager
-def bar(name: str) -> Iterator[Callable[[float | None, int], None]]:
+def bar(name: str, unit: str = "events") -> Iterator[Callable[[float | None, int], None]]:
     """Draw a bar with events, rate and time left; the yielded function moves it.
 
     Parameters
     ----------
     name
         What is going on.
+    unit
+        What is counted.
     """
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[events]:>12,} events"),
+        TextColumn(f"{{task.fields[events]:>12,}} {unit}"),
         TextColumn("{task.fields[rate]:>9,.0f}/s"),
         TimeElapsedColumn(),
         _TimeLeft(),
@@ -56,13 +58,15 @@ def bar(name: str) -> Iterator[Callable[[float | None, int], None]]:
 
 
 @contextmanager
-def lines(name: str) -> Iterator[Callable[[float | None, int], None]]:
+def lines(name: str, unit: str = "events") -> Iterator[Callable[[float | None, int], None]]:
     """Print a line every few seconds; the yielded function takes note of where things stand.
 
     Parameters
     ----------
     name
         What is going on.
+    unit
+        What is counted.
     """
     begin = printed = time.monotonic()
 
@@ -73,7 +77,7 @@ def lines(name: str) -> Iterator[Callable[[float | None, int], None]]:
             return
         printed = now
         done = "" if share is None else f", {share:.0%}, {_time_left(share, now - begin)}"
-        click.echo(f"{name}: {events:,} events, {events / (now - begin):,.0f}/s{done}", err=True)
+        click.echo(f"{name}: {events:,} {unit}, {events / (now - begin):,.0f}/s{done}", err=True)
 
     yield note
 

@@ -4,7 +4,7 @@ Reading and keying is in `stream_app.adapters.event_lines`, batches and acknowle
 `stream_app.adapters.event_sender`; here they are joined, paced and shown.
 """
 
-# ruff: noqa: PLC0415  (what is slow to import waits until the verb runs)
+# ruff: noqa: N818, PLC0415  (errors are named as in stream_app.errors; slow imports wait until the verb runs)
 
 from __future__ import annotations
 
@@ -45,6 +45,18 @@ _SORTED_STEP = 5_000
 
 #: Told the share of the work that is done (None if the input's size is unknown) and the events sent so far.
 OnProgress = Callable[[float | None, int], None]
+
+
+class ReplayInterrupted(StreamAppError):
+    """Somebody pressed Ctrl-C."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "to send the input to its end",
+            "an interruption",
+            "replay",
+            "None if that was meant; what had been read is in the topic.",
+        )
 
 
 @dataclass(slots=True)
@@ -188,14 +200,14 @@ async def send_blocks(
     Returns
     -------
     Outcome
-        Also when it broke off; then `failure` says why.
+        Also when it broke off, by cancellation too; then `failure` says why.
 
     Raises
     ------
     StreamAppError
         If it could not begin: no Kafka, no topic.
     """
-    from stream_app.adapters.event_lines import MAX_LINE_BYTES, Keyer
+    from stream_app.adapters.event_lines import MAX_LINE_BYTES, InputUnreadable, Keyer
     from stream_app.adapters.event_sender import BATCH_OVERHEAD_BYTES, EventSender
     from stream_app.adapters.kafka_admin import KafkaAdmin
 
@@ -211,10 +223,16 @@ async def send_blocks(
     try:
         async with sender:
             pace = _Pace(sender, rate)
-            if sort:
-                await _send_sorted(pace, keyer, blocks, total_bytes, on_progress)
-            else:
-                await _send_as_read(pace, keyer, blocks, total_bytes, on_progress)
+            try:
+                if sort:
+                    await _send_sorted(pace, keyer, blocks, total_bytes, on_progress)
+                else:
+                    await _send_as_read(pace, keyer, blocks, total_bytes, on_progress)
+            except InputUnreadable as error:
+                outcome.failure = error
+            except asyncio.CancelledError:
+                # Ctrl-C is how `tail -f FILE | stream-app replay -` ends: what was read is still delivered.
+                outcome.failure = ReplayInterrupted()
             await sender.finish()
     except StreamAppError as error:
         outcome.failure = error

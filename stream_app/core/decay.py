@@ -242,10 +242,10 @@ def weight_at(landmark_ms: int, sums: Mapping[float, float], at_ms: int) -> floa
     >>> weight_at(0, {86_400_000.0: 1.0, 3_600_000.0: 4.0}, 86_400_000)
     0.5000002384185791
     """
-    elapsed_ms = landmark_ms - at_ms
+    elapsed_ms = at_ms - landmark_ms
     total = 0.0
     for half_life_ms, amount in sums.items():
-        total += amount * 2.0 ** (elapsed_ms / half_life_ms)
+        total += amount * 2.0 ** (-elapsed_ms / half_life_ms)
     return total
 
 
@@ -288,8 +288,8 @@ def crossing_ms(landmark_ms: int, sums: Mapping[float, float], log_threshold: fl
     >>> crossing_ms(5_000, {1_000.0: 0.0}, 0.0) == NO_WEIGHT_MS
     True
     """
-    latest = -inf
     count = 0
+    latest = -inf
     for half_life_ms, amount in sums.items():
         if amount > 0.0:
             count += 1

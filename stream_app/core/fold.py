@@ -32,7 +32,7 @@ from stream_app.core.decay import (
 )
 from stream_app.core.event import Event
 from stream_app.core.profile import REMEMBERED_IDS, Profile, TypeSums
-from stream_app.core.segment import Bucket, Criterion, Index, Rule, SegmentSet
+from stream_app.core.segment import Bucket, Criterion, Index, Kind, Rule, SegmentSet
 
 __all__ = [
     "MAX_ASSETS",
@@ -174,11 +174,13 @@ class Fold:
     ) -> tuple[Profile, list[Transition]]:
         """Apply one record of a user.
 
-        1. Exits that are due happen first, each at its own instant. 2. A profile past its forget instant,
-        without a membership, is replaced by a new one. 3. An event that is among the last 32 applied adds
-        nothing. 4. Otherwise its weights are added at its own timestamp, its segments are evaluated, and what
-        has become
-           too faint is forgotten.
+        1. Exits that are due happen first, each at its own instant.
+        2. A profile past its forget instant, without a membership, is replaced by a new one.
+        3. An event that is among the last 32 applied adds nothing.
+        4. Otherwise its weights are added at its own timestamp, its segments are evaluated at R, and what has
+           become too faint is forgotten.
+
+        R is S, the stream time, or the user's last transition if that is later.
 
         Parameters
         ----------
@@ -196,8 +198,7 @@ class Fold:
         profile
             The same object, or a new one where step 2 says so or there was none.
         transitions
-            In order, may be empty. Their times are not before the user's last transition, nor after R, which
-            is the larger of S and that transition's instant.
+            In order, may be empty. Their times are not before the user's last transition, nor after R.
 
         Raises
         ------
@@ -349,9 +350,9 @@ class Fold:
 
     def _rebase(self, profile: Profile, landmark_ms: int) -> None:
         """Move the landmark of a profile; no weight changes, to the precision of a float."""
-        elapsed_ms = profile.landmark_ms - landmark_ms
+        elapsed_ms = landmark_ms - profile.landmark_ms
         for event_type, sums in profile.weights.items():
-            left = 2.0 ** (elapsed_ms / self.weights.half_life_ms(event_type))
+            left = 2.0 ** (-elapsed_ms / self.weights.half_life_ms(event_type))
             sums.total *= left
             for amounts in (sums.labels, sums.assets):
                 for key, amount in amounts.items():
@@ -359,54 +360,18 @@ class Fold:
         profile.landmark_ms = landmark_ms
 
     def _touch(self, profile: Profile, event: Event, at_ms: int) -> set[int]:
-        """Move the exits of the segments that an event names; return positions of those that it may let in.
+        """Move the exits of the segments that an event names; return positions of whom it may let in.
 
-        Whom an event does not name it cannot let in: his weights have only fallen since he was last
-        evaluated.
-        """
-        candidates: set[int] = set()
-        whole: dict[int, Rule] = {}
-        labels, asset_id, event_type = event.labels, event.asset_id, event.event_type
-        counted = self.segments.by_type.get(event_type)
-        for index in (self.segments.any_type,) if counted is None else (self.segments.any_type, counted):
-            by_label = index.labels
-            for label in labels:
-                if label in by_label:
-                    self._touch_item(profile, "label", label, by_label[label], at_ms, candidates, whole)
-            if asset_id is not None and asset_id in index.assets:
-                self._touch_item(profile, "asset", asset_id, index.assets[asset_id], at_ms, candidates, whole)
-            if event_type in index.types:
-                self._touch_item(
-                    profile, "type", event_type, index.types[event_type], at_ms, candidates, whole
-                )
-        for rule in whole.values():
-            weight, later_ms = self._standing(profile, rule, at_ms)
-            exit_ms = profile.exits_at_ms.get(rule.id)
-            if exit_ms is None:
-                if weight >= rule.enter_least:
-                    candidates.add(rule.position)
-            elif later_ms > exit_ms:
-                profile.exits_at_ms[rule.id] = later_ms
-        return candidates
-
-    def _touch_item(
-        self,
-        profile: Profile,
-        kind: Literal["label", "asset", "type"],
-        item: str,
-        buckets: tuple[Bucket, ...],
-        at_ms: int,
-        candidates: set[int],
-        whole: dict[int, Rule],
-    ) -> None:
-        """Do the work of `_touch` for one item; put off the rules that need their other items too.
-
-        Where one item decides, the others are where they were, so an exit moves if this item's crossing is later
-        than it, and a user who is not in enters by this item or not at all.
+        What an event does not name it cannot let anyone into: those weights have only fallen since the last
+        evaluation. The same holds for the other items of a segment where one item decides, so there an exit
+        moves if this item's crossing is later than it, and a user who is not in enters by this item or not at
+        all.
         """
         exits = profile.exits_at_ms
         landmark_ms = profile.landmark_ms
-        for bucket in buckets:
+        candidates: set[int] = set()
+        whole: dict[int, Rule] = {}
+        for kind, item, bucket in self._named(event):
             for rule in bucket.by_rule:
                 whole[rule.position] = rule
             if not bucket.by_item:
@@ -422,6 +387,32 @@ class Fold:
                     later_ms = crossing_ms(landmark_ms, sums, rule.log_exit_weight)
                     if later_ms > exit_ms:
                         exits[rule.id] = later_ms
+        for rule in whole.values():
+            weight, later_ms = self._standing(profile, rule, at_ms)
+            exit_ms = exits.get(rule.id)
+            if exit_ms is None:
+                if weight >= rule.enter_least:
+                    candidates.add(rule.position)
+            elif later_ms > exit_ms:
+                exits[rule.id] = later_ms
+        return candidates
+
+    def _named(self, event: Event) -> list[tuple[Kind, str, Bucket]]:
+        """Return the rules that name what an event carries and count its type, with what they name."""
+        found: list[tuple[Kind, str, Bucket]] = []
+        segments = self.segments
+        event_type, asset_id = event.event_type, event.asset_id
+        counted = segments.by_type.get(event_type)
+        for index in (segments.any_type,) if counted is None else (segments.any_type, counted):
+            by_label = index.labels
+            for label in event.labels:
+                if label in by_label:
+                    found += [("label", label, bucket) for bucket in by_label[label]]
+            if asset_id is not None and asset_id in index.assets:
+                found += [("asset", asset_id, bucket) for bucket in index.assets[asset_id]]
+            if event_type in index.types:
+                found += [("type", event_type, bucket) for bucket in index.types[event_type]]
+        return found
 
     def _concerned(self, profile: Profile) -> set[int]:
         """Return positions of the segments that name anything a user has; in all others he weighs 0."""
@@ -581,7 +572,7 @@ class Fold:
     def _sums(
         self,
         profile: Profile,
-        kind: Literal["label", "asset", "type"],
+        kind: Kind,
         item: str,
         event_types: tuple[str, ...] | None,
     ) -> dict[float, float]:
@@ -654,6 +645,8 @@ class Fold:
     ) -> None:
         """Over a cap of labels or assets, drop the faintest that no base segment names."""
         every = [sums.labels if kind == "label" else sums.assets for sums in profile.weights.values()]
+        if len(set().union(*every)) <= cap:
+            return
         weights: dict[str, float] = {}
         for event_type, amounts in zip(profile.weights, every, strict=True):
             left = self._left(profile, event_type, at_ms)

@@ -179,12 +179,11 @@ def unpack(user_id: str, blob: bytes) -> Profile:
             )
         weights = {}
         for event_type, (total, labels, assets) in document["w"].items():
-            # One sum tells whether all are finite, since real ones are far from the largest float; a key that is
-            # no string makes the join a TypeError.
+            # One sum tells whether all are finite, since real ones are far from the largest float; a key that
+            # is no string makes the join a TypeError.
             if type(total) is not float or not isfinite(total + sum(labels.values()) + sum(assets.values())):
-                raise ValueError(
-                    f"expected finite sums in w, got {event_type!r}: {total!r}, {labels!r}, {assets!r}"
-                )
+                found = (total, labels, assets)
+                raise ValueError(f"expected finite sums in w[{event_type!r}], got {found!r}")
             "".join(labels), "".join(assets)
             weights[event_type] = TypeSums(total, labels, assets)
         seqs = {}

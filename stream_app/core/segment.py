@@ -28,6 +28,7 @@ __all__ = [
     "Bucket",
     "Criterion",
     "Index",
+    "Kind",
     "Problem",
     "Rule",
     "Segment",
@@ -35,6 +36,9 @@ __all__ = [
     "advice",
     "problems",
 ]
+
+Kind = Literal["label", "asset", "type"]
+"""What an item of a criterion is."""
 
 MAX_SEGMENTS = 10_000
 MAX_ITEMS = 1_000
@@ -193,7 +197,7 @@ class Criterion:
         The types that an item's weight is summed over; `None` means all. For items that are types, `None`.
     """
 
-    kind: Literal["label", "asset", "type"]
+    kind: Kind
     items: tuple[str, ...]
     item_set: frozenset[str]
     match_all: bool
@@ -610,7 +614,7 @@ def _criteria(segment: Segment) -> tuple[Criterion, ...]:
 
 
 def _criterion(
-    kind: Literal["label", "asset", "type"],
+    kind: Kind,
     items: Sequence[str],
     match_all: bool,
     event_types: tuple[str, ...] | None,

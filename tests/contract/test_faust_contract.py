@@ -200,7 +200,7 @@ async def produce(bootstrap: str, topic: str, count: int) -> None:
 
 
 @pytest.fixture
-async def run(kafka_bootstrap: str, names: Names, tmp_path: Path) -> AsyncIterator[Callable[..., Any]]:
+async def run(kafka_bootstrap: str, names: Names) -> AsyncIterator[Callable[..., Any]]:
     started: list[SliceApp] = []
 
     async def start(count: int, **options: Any) -> Running:
@@ -212,7 +212,6 @@ async def run(kafka_bootstrap: str, names: Names, tmp_path: Path) -> AsyncIterat
             bootstrap_servers=kafka_bootstrap,
             events_topic=names.events,
             session_timeout_s=6.0,
-            data_dir=tmp_path,
             partitions=partitions,
         )
         partitions.log = Log(app, names.events)

@@ -1,11 +1,11 @@
-"""Real events, the real worker, the real broker and Redis, against the naive oracle, to the last transition."""
+"""Real events through the real worker, broker and Redis, against the naive oracle, to the last transition."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.processes import Program, Programs
 
 PARTITIONS = 4
 HALF_LIFE_DAYS = 30.0
-EVENTS_WITHOUT_SHARED_DATA = 60_000
+EVENTS_WITHOUT_SHARED_DATA = 36_000
 WEIGHTS = {
     "half_life_s": HALF_LIFE_DAYS * 86_400,
     "history_floor": 1e-3,
@@ -38,10 +38,10 @@ half_life_s = 864000.0
 
 @pytest.fixture(scope="session")
 def real_events(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of real events: film ratings where the shared data is at hand, else the PyPI grocery sample."""
+    """A file of real events: product reviews where the shared data is at hand, else the PyPI grocery sample."""
     from stream_app.sample import load_sample  # noqa: PLC0415 - pandas is slow to import
 
-    shared = Path(__file__).parents[3] / "shared" / "data" / "ml_latest_small.jsonl.gz"
+    shared = Path(__file__).parents[3] / "shared" / "data" / "ciao.jsonl.gz"
     if shared.is_file():
         return shared
     path = tmp_path_factory.mktemp("events") / "sample.jsonl.gz"
@@ -85,7 +85,7 @@ def stage(
     programs: Programs,
     real_events: Path,
     tmp_path: Path,
-) -> Iterator[Stage]:
+) -> Stage:
     (tmp_path / "app.toml").write_text(APP_TOML)
     definitions = definitions_for(real_events)
     (tmp_path / "segments.toml").write_text(definitions)
@@ -99,7 +99,7 @@ def stage(
     options = ["--config", str(tmp_path / "app.toml"), "--segments", str(tmp_path / "segments.toml")]
     stage = Stage(case, programs, environment, options)
     stage.run("topics", "--partitions", str(PARTITIONS))
-    yield stage
+    return stage
 
 
 def proven(stage: Stage, record_property: Callable[[str, object], None]) -> Proof:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections import Counter
 from collections.abc import Iterator
 
@@ -46,7 +47,9 @@ def test_the_fold_says_what_the_oracle_says(
     where = f"{log.name}, slices of {batch}"
     assert state.stream_time_ms == verdict.stream_time_ms, where
     agreement = compare(verdict.transitions, state.transitions, where)
-    assert agreement.rounded_otherwise <= agreement.compared * 1e-3, where
+    # An instant is only as sharp as the last bits of a logarithm, times the half-life.
+    blur_ms = 4 * sys.float_info.epsilon * max(SHAPES[shape].half_lives_s) * 1000
+    assert agreement.rounded_otherwise <= agreement.compared * (1e-3 + blur_ms), where
     compare_profiles(verdict.profiles, state, where)
     happened["compared"] += agreement.compared
     happened["rounded_otherwise"] += agreement.rounded_otherwise
@@ -61,6 +64,7 @@ def test_the_logs_hold_more_than_100_000_events_and_every_kind_of_mess(happened:
     assert {log.clock for log in logs} == {"wall", "event"}
     if happened["events"] < 100_000:
         pytest.skip("what happened is only known when the whole module runs")
+    assert happened["rounded_otherwise"] < happened["compared"] * 1e-3
     kinds = ["profile_forgotten", "key_forgotten", "duplicate", "suppressed", "refused_by_hold"]
     assert [kind for kind in kinds if happened[kind] < 1000] == []
     assert [kind for kind in ("label_cap", "asset_cap", "type_cap") if happened[kind] == 0] == []
