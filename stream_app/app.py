@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import redis.asyncio as aioredis
+from aiokafka.errors import KafkaError
 
 from stream_app.adapters.assignment import Assignment
 from stream_app.adapters.checks import KafkaFacts, check_kafka, check_redis, refuse
@@ -32,7 +33,7 @@ from stream_app.adapters.publisher import Publisher
 from stream_app.adapters.transport import Log, SliceApp, build_faust_app
 from stream_app.adapters.until_end import wait_until_end
 from stream_app.core.fold import Fold
-from stream_app.errors import ConfigError, StartRefused
+from stream_app.errors import ConfigError, StartRefused, StoreUnavailable
 from stream_app.settings import Settings, faust_environment_problems
 
 __all__ = ["Worker", "build_app", "run_worker"]
@@ -182,7 +183,10 @@ async def _run(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
             runner = await serve_http(worker.health, settings.worker.http_host, settings.worker.http_port)
             stack.push_async_callback(runner.cleanup)
 
-        await worker.app.start()
+        try:
+            await worker.app.start()
+        except KafkaError as exc:
+            raise StoreUnavailable("Kafka, consumer group", f"{type(exc).__name__}: {exc}") from exc
         background = {
             "health": asyncio.create_task(worker.health.watch()),
             "definitions": asyncio.create_task(sweep_definitions(worker.assignment, worker.store)),
@@ -213,6 +217,8 @@ def _failure(reasons: dict[str, asyncio.Task[Any]], done: set[asyncio.Task[Any]]
             return exc
         if name in ("failure", "faust"):
             found: BaseException = task.result()
+            if isinstance(found, KafkaError):
+                return StoreUnavailable("Kafka, consumer group", f"{type(found).__name__}: {found}")
             return found
         logger.info("stopping: %s", {"signal": "a signal came", "end": "the end of the log is reached"}[name])
     return None
@@ -230,6 +236,7 @@ async def _stop(worker: Worker, deadline_s: float, failure: BaseException | None
         async with asyncio.timeout(deadline_s):
             if failure is None:
                 await worker.assignment.drain()
+                failure = next((task.held_by for task in worker.assignment if task.held_by), None)
                 await worker.log.commit()
     except TimeoutError:
         held = "; ".join(str(task.held_by) for task in worker.assignment if task.held_by) or "work in hand"

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from stream_app.adapters.codec import Decoder, InvalidEvent, Outgoing, dead_letter, transition_message
+from stream_app.adapters.fuse import DeadLetterFuse
 from stream_app.adapters.log_ends import LogEnds, LogProbe
 from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.profile_store import Before, Claim, Commit, Identity, ProfileStore
@@ -38,10 +39,9 @@ from stream_app.errors import (
     StateLost,
     StoreUnavailable,
     StreamAppError,
-    TooManyDeadLetters,
 )
 
-__all__ = ["DeadLetterFuse", "PartitionMemory", "PartitionTask", "Shell"]
+__all__ = ["PartitionMemory", "PartitionTask", "Shell"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ FIRST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 2.0
 #: A partition that went well for this long begins a new deadline when it fails again.
 WELL_AGAIN_S: Final = 10.0
-FUSE_RECORDS: Final = 10_000
 #: Added to a topic's retention before Redis may drop a forgotten profile.
 RETENTION_MARGIN_MS: Final = 3_600_000
 
@@ -102,44 +101,6 @@ class Shell:
     retention_ms: int | None
     check_producer_time: bool
     accept_gap: bool
-
-
-class DeadLetterFuse:
-    """Blow when too many of the last records of a partition were bad.
-
-    Parameters
-    ----------
-    partition : int
-    max_share : float or None
-        Largest share of bad records among the last 10,000; ``None`` never blows.
-    """
-
-    def __init__(self, partition: int, max_share: float | None) -> None:
-        self._partition = partition
-        self._max_share = max_share
-        self._steps: deque[tuple[int, int]] = deque()
-        self._records = 0
-        self._bad = 0
-
-    def count(self, records: int, bad: int) -> None:
-        """Count a slice.
-
-        Raises
-        ------
-        TooManyDeadLetters
-            If the share is above the limit over the last 10,000 records or more.
-        """
-        if self._max_share is None:
-            return
-        self._steps.append((records, bad))
-        self._records += records
-        self._bad += bad
-        while self._records - self._steps[0][0] >= FUSE_RECORDS:
-            old_records, old_bad = self._steps.popleft()
-            self._records -= old_records
-            self._bad -= old_bad
-        if self._records >= FUSE_RECORDS and self._bad > self._max_share * self._records:
-            raise TooManyDeadLetters(self._partition, self._bad, self._records, self._max_share)
 
 
 @dataclass(slots=True)
@@ -495,7 +456,13 @@ class PartitionTask:
     async def _fire(self, owned: _Owned, until_ms: int) -> None:
         """Let the exits due at or before `until_ms` happen, of a bounded number of users."""
         users = await self._shell.store.due(self.partition, until_ms, USERS_PER_STEP)
-        await self._evaluate(owned, users, until_ms)
+        if not await self._evaluate(owned, users, until_ms):
+            raise StartRefused(
+                "profiles that leave a segment when the due index says so",
+                f"none among {len(users)} users",
+                f"partition {self.partition}, key sa:{{{self.partition}}}:due",
+                "Find out what else writes to these keys, then run `stream-app rebuild`.",
+            )
 
     async def _answer(self, owned: _Owned, request: _Request) -> None:
         if request.users:
@@ -507,8 +474,8 @@ class PartitionTask:
         if not request.done.done():
             request.done.set_result(True)
 
-    async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int) -> None:
-        """Commit what the instant `at_ms` changes for some users, without any event."""
+    async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int) -> bool:
+        """Commit what the instant `at_ms` changes for some users, without any event; tell whether it did."""
         shell = self._shell
         profiles, before = await shell.store.load(self.partition, users)
         changed: dict[str, Profile] = {}
@@ -525,6 +492,7 @@ class PartitionTask:
         if changed:
             replayed = owned.watermark < owned.replayed_below
             await self._commit(owned, self._step(changed, before), self._messages(transitions, replayed))
+        return bool(changed)
 
     def _check_definitions(self, owned: _Owned, profile: Profile) -> None:
         known = profile.definitions == self._shell.fold.segments.fingerprint

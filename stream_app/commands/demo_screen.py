@@ -20,8 +20,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-#: Transitions that the screen keeps in sight, and that plain output prints one by one.
-LAST_TRANSITIONS: Final = 8
+#: The screen keeps the last of them in sight, plain output prints the first.
+SHOWN_TRANSITIONS: Final = 8
 #: Plain output: seconds between status lines, doubled after every few of them so that a long run stays short.
 LINE_EVERY_S: Final = 3.0
 LINES_BEFORE_SLOWER: Final = 6
@@ -57,7 +57,8 @@ class Board:
     folded: int = 0
     stream_time_ms: int | None = None
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
-    last: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_TRANSITIONS))
+    first: list[str] = field(default_factory=list)
+    last: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN_TRANSITIONS))
     transitions: int = 0
     unfinished: int | None = None
     began_s: float = field(default_factory=time.monotonic)
@@ -71,10 +72,13 @@ class Board:
         self.transitions += 1
         until = f", until {transition['exits_at'][:16]}" if transition["exits_at"] else ""
         sign = "+" if status == "entered" else "-"
-        self.last.append(
+        line = (
             f"{transition['time'][:16].replace('T', ' ')}  {sign} {transition['user_id']} {status} "
             f"{segment_id} ({cause}, weight {transition['weight']:.2f}{until.replace('T', ' ')})"
         )
+        self.last.append(line)
+        if len(self.first) < SHOWN_TRANSITIONS:
+            self.first.append(line)
 
     def progress(self, *, joined: bool, folded: int, stream_time_ms: int | None, unfinished: int) -> None:
         """Take note of whether the worker has joined, and how far it is."""
@@ -153,7 +157,9 @@ class Display(Protocol):
 def display(board: Board, console: Console) -> Iterator[Display]:
     """Show a board while the body runs: live on a terminal, else as lines."""
     if not console.is_terminal:
-        yield _Lines(board, console)
+        lines = _Lines(board, console)
+        yield lines
+        lines.refresh()
         return
     with Live(console=console, auto_refresh=False, transient=True) as live:
         yield _Screen(board, live)
@@ -186,10 +192,9 @@ class _Lines:
         if board.stage != self._stage:
             self._stage = board.stage
             self._print(f"{board.stage} ...")
-        if self._shown < LAST_TRANSITIONS <= len(board.last):
-            for line in board.last:
-                self._print(line)
-            self._shown = LAST_TRANSITIONS
+        for line in board.first[self._shown :]:
+            self._print(line)
+        self._shown = len(board.first)
         if board.sent and time.monotonic() >= self._next_s:
             self._lines += 1
             self._next_s = time.monotonic() + LINE_EVERY_S * 2 ** (self._lines // LINES_BEFORE_SLOWER)

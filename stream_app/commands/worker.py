@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from stream_app.commands.options import closing, configured
+from stream_app.errors import StreamAppError
 
 
 @click.command(epilog=closing("stream-app worker", "stream-app worker --until-end      (a backfill, a test)"))
@@ -42,10 +43,24 @@ def worker(
     from stream_app.app import run_worker  # Faust takes a second to import
     from stream_app.settings import load_settings
 
+    _log_to_stderr()
+    run_worker(
+        load_settings(config, segments), until_end=until_end, accept_gap=accept_gap, unchecked=unchecked
+    )
+
+
+def _log_to_stderr() -> None:
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     logging.getLogger("stream_app").setLevel(logging.INFO)
-    run_worker(
-        load_settings(config, segments), until_end=until_end, accept_gap=accept_gap, unchecked=unchecked
-    )
+    # Faust logs the life of its services under the name of the module that subclasses them.
+    logging.getLogger("stream_app.adapters.transport").setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_told_at_the_end)
+
+
+def _told_at_the_end(record: logging.LogRecord) -> bool:
+    """Keep what Faust logs of our own failures off the log: each ends the process, which says it once."""
+    exc = record.exc_info[1] if record.exc_info else None
+    return not isinstance(exc, StreamAppError)

@@ -24,6 +24,10 @@ from math import inf, log2
 
 __all__ = [
     "HOLD_MS",
+    "MAX_ACTION_WEIGHT",
+    "MAX_HALF_LIFE_S",
+    "MIN_HALF_LIFE_S",
+    "MIN_HISTORY_FLOOR",
     "NEVER_MS",
     "NO_WEIGHT_MS",
     "REBASE_EXPONENT",
@@ -50,10 +54,11 @@ SLACK = 1e-9
 HOLD_MS = 10
 """Nobody enters a segment for less than this."""
 
-MAX_HALF_LIFE_S = 1e12
 MIN_HALF_LIFE_S = 1e-3
-MAX_ACTION_WEIGHT = 1e9
+MAX_HALF_LIFE_S = 1e12
 MIN_HISTORY_FLOOR = 1e-9
+MAX_ACTION_WEIGHT = 1e9
+"""Bounds of the settings; within them no instant or sum comes near what a number can hold."""
 
 
 @dataclass(frozen=True, slots=True)

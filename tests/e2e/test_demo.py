@@ -39,18 +39,18 @@ def events_file(tmp_path: Path) -> Path:
     return path
 
 
+def processes() -> list[str]:
+    """Command lines of everything that runs."""
+    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
+    return listed.stdout.splitlines()
+
+
 @contextmanager
 def nothing_left_of(marker: Path) -> Iterator[None]:
-    """Fail if a process that was started for the demo outlives it; `marker` is in the worker's command line."""
+    """Fail if a worker that was started for the demo outlives it; `marker` is in its command line."""
     yield
     deadline = time.monotonic() + 10
-    while left := [
-        line
-        for line in subprocess.run(
-            ["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True
-        ).stdout.splitlines()
-        if str(marker) in line
-    ]:
+    while left := [line for line in processes() if str(marker) in line]:
         assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.1)
 
