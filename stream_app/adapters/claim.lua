@@ -15,7 +15,7 @@
 --   8 n                     number of identity pairs
 --   9.. name, value         identity fields: all must equal what wm holds
 --
--- Returns {'OK', HGETALL wm} | {'REBUILDING'} | {'FOREIGN', field, stored, mine}
+-- Returns {'OK', HGETALL wm} | {'REBUILDING'} | {'TORN'} | {'FOREIGN', field, stored, mine}
 local wm, definitions = KEYS[1], KEYS[2]
 local n = tonumber(ARGV[8])
 
@@ -24,6 +24,11 @@ if redis.call('HEXISTS', wm, 'rebuilding') == 1 then
 end
 
 local known = redis.call('HEXISTS', wm, 'epoch') == 1
+-- Both are written by the same claim: one without the other is no lost state but a torn one, and the log would
+-- be folded a second time into the profiles that are left.
+if not known and redis.call('EXISTS', definitions) == 1 then
+  return {'TORN'}
+end
 for i = 0, n - 1 do
   local field, mine = ARGV[9 + 2 * i], ARGV[10 + 2 * i]
   local stored = redis.call('HGET', wm, field)

@@ -31,6 +31,12 @@ if commit ~= ARGV[3] then
   return {'MISMATCH', commit}
 end
 
+-- A Redis that is full refuses a script's first write if that may take memory, and lets every later one
+-- through: so the first is one that changes nothing.
+if ARGV[4] == 'commit' then
+  redis.call('HSET', KEYS[1], 'owner', owner)
+end
+
 -- Whoever reaches this line has published everything that the outbox holds.
 redis.call('DEL', KEYS[3])
 

@@ -371,9 +371,11 @@ class PartitionTask:
             if self._queue:
                 await self._take_slice(owned, *self._queue.popleft())
                 idle = False
-            if owned.stream_time_ms is not None and self._due_by_stream_time(owned):
-                await self._fire(owned, owned.stream_time_ms)
+            if self._due_by_stream_time(owned):
+                await self._fire_some(owned)
                 idle = False
+            else:
+                self._report_processed(owned)
             if self._requests:
                 await self._answer(owned, self._requests.popleft())
                 idle = False
@@ -397,9 +399,11 @@ class PartitionTask:
             return
         owned.rewound_s = 0.0
         for piece in _split_at(part, owned.replayed_below):
+            if piece.from_offset == owned.replayed_below:
+                # What was due by then was due the first time, too: it is said before anything new is.
+                await self._fire_all(owned)
             await self._fold(owned, piece)
         acknowledge()
-        self._report_processed(owned)
 
     async def _check_range(self, owned: _Owned) -> None:
         ends = await self._shell.probe.ends(self.partition)
@@ -453,10 +457,23 @@ class PartitionTask:
             and owned.next_due_ms <= owned.stream_time_ms
         )
 
-    async def _fire(self, owned: _Owned, until_ms: int) -> None:
+    async def _fire_all(self, owned: _Owned) -> None:
+        while self._due_by_stream_time(owned):
+            await self._fire_some(owned)
+
+    async def _fire_some(self, owned: _Owned) -> None:
+        """Let exits happen that are due by stream time, of a bounded number of users.
+
+        They belong to the log below the watermark. Kafka hears of a watermark only when they are published, so
+        up to `replayed_below` they were, once.
+        """
+        replayed = owned.watermark <= owned.replayed_below
+        await self._fire(owned, owned.stream_time_ms or 0, replayed=replayed)
+
+    async def _fire(self, owned: _Owned, until_ms: int, *, replayed: bool) -> None:
         """Let the exits due at or before `until_ms` happen, of a bounded number of users."""
         users = await self._shell.store.due(self.partition, until_ms, USERS_PER_STEP)
-        if await self._evaluate(owned, users, until_ms):
+        if await self._evaluate(owned, users, until_ms, replayed=replayed):
             return
         # Either Redis was emptied a moment ago, which the owner check raises, or the index lies.
         await self._trim(owned)
@@ -471,14 +488,15 @@ class PartitionTask:
     async def _answer(self, owned: _Owned, request: _Request) -> None:
         if request.users:
             # Without a valid record so far there is no profile either.
-            await self._evaluate(owned, request.users, owned.stream_time_ms or 0)
+            replayed = owned.watermark < owned.replayed_below
+            await self._evaluate(owned, request.users, owned.stream_time_ms or 0, replayed=replayed)
         elif owned.old:
             await self._commit(owned, Commit(definitions=self._shell.fold.segments.fingerprint), [])
             owned.old = {}
         if not request.done.done():
             request.done.set_result(True)
 
-    async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int) -> bool:
+    async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int, *, replayed: bool) -> bool:
         """Commit what the instant `at_ms` changes for some users, without any event; tell whether it did."""
         shell = self._shell
         profiles, before = await shell.store.load(self.partition, users)
@@ -494,7 +512,6 @@ class PartitionTask:
                 continue
             changed[user_id] = profile
         if changed:
-            replayed = owned.watermark < owned.replayed_below
             await self._commit(owned, self._step(changed, before), self._messages(transitions, replayed))
         return bool(changed)
 
@@ -527,7 +544,7 @@ class PartitionTask:
         if ends.end == owned.watermark and not self._queue:
             until_ms = ends.asked_ms - GRACE_MS
             self._shell.metrics.exit_lateness_s.observe(max(0.0, (until_ms - due_ms) / 1000.0))
-            await self._fire(owned, until_ms)
+            await self._fire(owned, until_ms, replayed=owned.watermark < owned.replayed_below)
         else:
             await self._sleep(ASK_AGAIN_S)
 
@@ -581,8 +598,8 @@ class PartitionTask:
         owned.outbox_is_empty = True
 
     def _report_processed(self, owned: _Owned) -> None:
-        # Below `replayed_below` Kafka's committed offset says how far the log was once processed: a crash in
-        # the middle of a replay must find it there.
+        # Called when nothing is due by stream time. Below `replayed_below` Kafka's committed offset says how far
+        # the log was once processed: a crash in the middle of a replay must find it there.
         self._memory.processed_below = max(self._memory.processed_below, owned.watermark)
         if owned.watermark >= owned.replayed_below:
             self._shell.log.processed(self.partition, owned.watermark)

@@ -261,6 +261,13 @@ class ProfileStore:
                 f"partition {partition}, key {names.wm}",
                 "Run `stream-app rebuild` again, then start the worker.",
             )
+        if code == "TORN":
+            raise StartRefused(
+                "a watermark beside the profiles that it speaks for",
+                "none",
+                f"partition {partition}, key {names.wm}",
+                "Find out who deleted it, then run `stream-app rebuild`; the log is folded again.",
+            )
         raise _foreign(names.wm, *(item.decode() for item in reply[1:4]))
 
     async def load(

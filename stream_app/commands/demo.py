@@ -304,9 +304,15 @@ async def _while_running(
             task.result()
         return main.result()
     finally:
-        for task in (main, *others):
-            task.cancel()
-        await asyncio.gather(main, *others, return_exceptions=True)
+        left = {main, *others}
+        while left:
+            # Again and again: Python 3.11's wait_for, with which redis-py writes, can swallow a cancellation.
+            for task in left:
+                task.cancel()
+            ended, left = await asyncio.wait(left, timeout=_LOOK_EVERY_S)
+            for task in ended:
+                if not task.cancelled():
+                    task.exception()  # the first failure is told; what follows from it is not
 
 
 @dataclass(frozen=True, slots=True)
