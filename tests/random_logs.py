@@ -69,13 +69,13 @@ SHAPES: Mapping[str, Shape] = {
     ),
     "seconds-wall": Shape(10_000, 60, "wall", 300, (2.0, 5.0, 0.1), silence_ms=5 * MINUTE_MS, labels=4),
     # Seconds and a year in one sum: a convex fall over nine orders of magnitude.
-    "mixed-event": Shape(10_000, 100, "event", 40 * MINUTE_MS, (86400.0, 10.0, YEAR_S, 3600.0, 7 * 86400.0)),
-    "mixed-wall": Shape(10_000, 100, "wall", 40 * MINUTE_MS, (3 * 86400.0, YEAR_S, 5.0, 1800.0)),
+    "mixed-event": Shape(8_000, 100, "event", 40 * MINUTE_MS, (86400.0, 10.0, YEAR_S, 3600.0, 7 * 86400.0)),
+    "mixed-wall": Shape(8_000, 100, "wall", 40 * MINUTE_MS, (3 * 86400.0, YEAR_S, 5.0, 1800.0)),
     # Days to a year, the scale of real shops.
     "days-event": Shape(
-        10_000, 150, "event", HOUR_MS, (30 * 86400.0, 7 * 86400.0, YEAR_S), silence_ms=60 * DAY_MS
+        8_000, 150, "event", HOUR_MS, (30 * 86400.0, 7 * 86400.0, YEAR_S), silence_ms=60 * DAY_MS
     ),
-    "days-wall": Shape(10_000, 150, "wall", HOUR_MS, (14 * 86400.0, 86400.0, YEAR_S), silence_ms=90 * DAY_MS),
+    "days-wall": Shape(8_000, 150, "wall", HOUR_MS, (14 * 86400.0, 86400.0, YEAR_S), silence_ms=90 * DAY_MS),
     # A high floor: a lot is forgotten, by key and by profile.
     "high-floor-event": Shape(
         10_000, 80, "event", 5 * MINUTE_MS, (1800.0, 300.0, 7200.0), floor=0.05, silence_ms=DAY_MS, labels=12
@@ -295,9 +295,9 @@ def core_records(records: Sequence[OracleRecord]) -> list[Record]:
 def core_weights(weights: Mapping[str, Any]) -> Weights:
     """Return the ``[weights]`` section as the core's type."""
     return Weights(
-        half_life_s=weights["half_life_s"],
-        history_floor=weights["history_floor"],
-        event_types={name: EventTypeWeight(**own) for name, own in weights["event_types"].items()},
+        half_life_s=weights.get("half_life_s", 2592000.0),
+        history_floor=weights.get("history_floor", 1e-3),
+        event_types={name: EventTypeWeight(**own) for name, own in weights.get("event_types", {}).items()},
     )
 
 

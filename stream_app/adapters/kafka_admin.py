@@ -37,6 +37,7 @@ from aiokafka.errors import (
     for_code,
 )
 from aiokafka.protocol.admin import DeleteGroupsRequest
+from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.structs import TopicPartition
 
 from stream_app.errors import StreamAppError
@@ -338,9 +339,16 @@ class KafkaAdmin:
         """Count the members of a group; 0 for one that does not exist.
 
         A worker that was killed counts until its session times out.
+
+        Notes ----- The embedded broker looks for members that have timed out only when one of the group
+        speaks, and aiokafka says no goodbye in generation 0, which is the embedded broker's first. So a
+        heartbeat of nobody comes first; on every broker it is answered with an error and changes nothing
+        else.
         """
 
         async def describe() -> int:
+            coordinator = await self._client.find_coordinator(group)
+            await self._client._send_request(HeartbeatRequest(group, 0, "nobody"), coordinator)
             members = 0
             for response in await self._client.describe_consumer_groups([group]):
                 for code, _name, _state, _kind, _protocol, found, *_ in response.groups:

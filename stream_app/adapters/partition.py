@@ -372,10 +372,9 @@ class PartitionTask:
                 await self._take_slice(owned, *self._queue.popleft())
                 idle = False
             if self._due_by_stream_time(owned):
-                await self._fire_some(owned)
+                await self._fire_all(owned)
                 idle = False
-            else:
-                self._report_processed(owned)
+            self._report_processed(owned)
             if self._requests:
                 await self._answer(owned, self._requests.popleft())
                 idle = False
@@ -458,17 +457,14 @@ class PartitionTask:
         )
 
     async def _fire_all(self, owned: _Owned) -> None:
-        while self._due_by_stream_time(owned):
-            await self._fire_some(owned)
+        """Let all exits happen that are due by stream time, a bounded number of users a commit.
 
-    async def _fire_some(self, owned: _Owned) -> None:
-        """Let exits happen that are due by stream time, of a bounded number of users.
-
-        They belong to the log below the watermark. Kafka hears of a watermark only when they are published, so
-        up to `replayed_below` they were, once.
+        They belong to the log below the watermark. Kafka hears of a watermark only when they are published,
+        so up to `replayed_below` they were, once.
         """
         replayed = owned.watermark <= owned.replayed_below
-        await self._fire(owned, owned.stream_time_ms or 0, replayed=replayed)
+        while owned.stream_time_ms is not None and self._due_by_stream_time(owned):
+            await self._fire(owned, owned.stream_time_ms, replayed=replayed)
 
     async def _fire(self, owned: _Owned, until_ms: int, *, replayed: bool) -> None:
         """Let the exits due at or before `until_ms` happen, of a bounded number of users."""
@@ -497,7 +493,7 @@ class PartitionTask:
             request.done.set_result(True)
 
     async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int, *, replayed: bool) -> bool:
-        """Commit what the instant `at_ms` changes for some users, without any event; tell whether it did."""
+        """Commit what the instant `at_ms` changes for some users without an event; tell if it did."""
         shell = self._shell
         profiles, before = await shell.store.load(self.partition, users)
         changed: dict[str, Profile] = {}
@@ -598,8 +594,8 @@ class PartitionTask:
         owned.outbox_is_empty = True
 
     def _report_processed(self, owned: _Owned) -> None:
-        # Called when nothing is due by stream time. Below `replayed_below` Kafka's committed offset says how far
-        # the log was once processed: a crash in the middle of a replay must find it there.
+        # Called when nothing is due by stream time. Below `replayed_below` Kafka's committed offset says how
+        # far the log was once processed: a crash in the middle of a replay must find it there.
         self._memory.processed_below = max(self._memory.processed_below, owned.watermark)
         if owned.watermark >= owned.replayed_below:
             self._shell.log.processed(self.partition, owned.watermark)

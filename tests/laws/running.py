@@ -51,14 +51,15 @@ class Run:
         self.transitions += result.transitions
         self.stream_time_ms = result.stream_time_ms
 
-    def expire_due(self) -> None:
-        """Do what the due timer does when it follows the stream time."""
-        if self.stream_time_ms is None:
+    def expire_due(self, until_ms: int | None = None) -> None:
+        """Do what the due timer does: let exits due by `until_ms` (None: the stream time) happen."""
+        until_ms = self.stream_time_ms if until_ms is None else until_ms
+        if until_ms is None:
             return
         for profile in self.profiles.values():
             next_exit_ms = profile.next_exit_ms
-            if next_exit_ms is not None and next_exit_ms <= self.stream_time_ms:
-                self.transitions += self.fold.expire(profile, self.stream_time_ms)
+            if next_exit_ms is not None and next_exit_ms <= until_ms:
+                self.transitions += self.fold.expire(profile, until_ms)
 
 
 def run(
@@ -162,14 +163,20 @@ def _differences(want: OracleTransition, have: Transition) -> list[str]:
     return wrong
 
 
-def compare_profiles(expected: dict[str, OracleProfile], state: Run, where: str) -> None:
-    """Assert that every user's weights (to 1e-9 relative), memberships and counts are the oracle's."""
+def compare_profiles(
+    expected: dict[str, OracleProfile], state: Run, where: str, at_ms: int | None = None
+) -> None:
+    """Assert that every user's weights (to 1e-9 relative), memberships and counts are the oracle's.
+
+    Weights are compared at `at_ms`, the instant that the oracle's are for; None means the stream time.
+    """
     assert expected.keys() == state.profiles.keys(), where
-    assert state.stream_time_ms is not None
+    at_ms = state.stream_time_ms if at_ms is None else at_ms
+    assert at_ms is not None
     for user, want in expected.items():
         profile = state.profiles[user]
         context = f"{where}, user {user!r}"
-        weights = stored_weights(profile, state.fold.weights, state.stream_time_ms)
+        weights = stored_weights(profile, state.fold.weights, at_ms)
         assert weights.keys() == want.weights.keys(), context
         for key, weight in want.weights.items():
             assert math.isclose(weights[key], weight, rel_tol=1e-9, abs_tol=1e-100), f"{context}, {key}"
