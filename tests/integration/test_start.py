@@ -1,0 +1,569 @@
+"""A worker that would break its promises does not start: one sentence says why, and nothing is changed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin.records_to_delete import RecordsToDelete
+
+from stream_app.adapters.kafka_admin import KafkaAdmin
+from stream_app.adapters.profile_store import Identity, ProfileStore, connect
+from stream_app.core.decay import EventTypeWeight, Weights
+from stream_app.core.segment import Segment, SegmentSet
+from stream_app.embedded import Server
+from stream_app.embedded.servers import free_port
+from tests.backends import Kind, Names, create_topic, redis_url_of
+from tests.processes import Programs
+
+APP_TOML = """
+[worker]
+clock = "event"
+[weights]
+half_life_s = 3600.0
+[weights.event_types.buy]
+action_weight = 2.0
+"""
+SEGMENTS_TOML = """
+[[segments]]
+id = "tea"
+labels = ["tea"]
+min_weight = 0.5
+"""
+WEIGHTS = Weights(3600.0, 1e-3, {"buy": EventTypeWeight(2.0)})
+SEGMENTS = SegmentSet([Segment("tea", labels=("tea",), min_weight=0.5)], WEIGHTS)
+FIRST_S = 1_600_000_000
+PASSWORD = "s3cret-Pa55"
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A worker's surroundings: which servers, which names, which configuration."""
+
+    programs: Programs
+    names: Names
+    directory: Path
+    environment: Mapping[str, str]
+
+    def having(self, **settings: str) -> Stage:
+        """The same with other settings, written ``section__key=value``."""
+        changed = {f"STREAM_APP__{name.upper()}": value for name, value in settings.items()}
+        return replace(self, environment={**self.environment, **changed})
+
+    def options(self) -> Sequence[str]:
+        return (
+            "--config",
+            str(self.directory / "app.toml"),
+            "--segments",
+            str(self.directory / "segments.toml"),
+        )
+
+    def run(self, *arguments: str, status: int = 0) -> str:
+        """Run a command to its end."""
+        return self.programs.run(*arguments, *self.options(), environment=self.environment, status=status)
+
+    def refused(self, *arguments: str, status: int = 1) -> str:
+        """Start a worker that must not start; return the sentence that it ends with."""
+        log = self.run("worker", *arguments, status=status)
+        assert "Traceback" not in log, log
+        (sentence,) = [line for line in log.splitlines() if "Operator action: " in line]
+        assert log.rstrip().endswith(sentence)
+        return sentence
+
+
+@pytest.fixture
+def stage(kafka_bootstrap: str, kafka_kind: Kind, names: Names, programs: Programs, tmp_path: Path) -> Stage:
+    """A broker and no Redis."""
+    (tmp_path / "app.toml").write_text(APP_TOML)
+    (tmp_path / "segments.toml").write_text(SEGMENTS_TOML)
+    environment = {
+        **names.environment(),
+        "STREAM_APP__KAFKA__BOOTSTRAP_SERVERS": kafka_bootstrap,
+        # Half of it is what a join takes on the embedded broker; Apache Kafka accepts no less than 6 s.
+        "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": "3" if kafka_kind == "embedded" else "6",
+        "STREAM_APP__REDIS__URL": f"redis://127.0.0.1:{free_port()}/0",
+    }
+    return Stage(programs, names, tmp_path, environment)
+
+
+@pytest.fixture
+def settled(stage: Stage, fresh_redis: str) -> Stage:
+    """Ten events of one partition, folded by a worker that has ended."""
+    found = stage.having(redis__url=fresh_redis)
+    found.run("topics", "--partitions", "1")
+    send_events(found, 0, 10)
+    found.run("worker", "--until-end")
+    assert state(fresh_redis)["wm"]["watermark"] == "10"
+    return found
+
+
+def send_events(stage: Stage, first: int, count: int) -> None:
+    """Put events of one user a minute apart behind what is in the log."""
+    path = stage.directory / f"events-{first}.jsonl"
+    events = [
+        {
+            "event_id": f"e{number}",
+            "user_id": "u1",
+            "event_type": "view",
+            "timestamp": FIRST_S + number * 60,
+            "labels": ["tea"],
+        }
+        for number in range(first, first + count)
+    ]
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    stage.run("replay", str(path))
+
+
+@contextmanager
+def unchanged(url: str) -> Any:
+    """Fail if what happens inside changes anything in Redis."""
+    with redis.Redis.from_url(url) as client:
+        raw: Any = client
+        before = {key: raw.dump(key) for key in raw.scan_iter(count=1000)}
+        yield
+        assert {key: raw.dump(key) for key in raw.scan_iter(count=1000)} == before
+
+
+def state(url: str, partition: int = 0) -> dict[str, Any]:
+    """What Redis holds of a partition: the watermark's hash, the users, and the members of the segment."""
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+        raw: Any = client
+        prefix = f"sa:{{{partition}}}:"
+        return {
+            "wm": raw.hgetall(f"{prefix}wm"),
+            "users": sorted(raw.keys(f"{prefix}profile:*")),
+            "members": raw.zrange(f"{prefix}members:tea", 0, -1),
+        }
+
+
+def set_watermark(url: str, **fields: str | int) -> None:
+    with redis.Redis.from_url(url) as client:
+        raw: Any = client
+        raw.hset("sa:{0}:wm", mapping=fields)
+
+
+# --- Redis -------------------------------------------------------------------------------------------------
+
+
+def test_a_redis_that_evicts_is_refused(stage: Stage, redis_server: Callable[..., Server]) -> None:
+    url = redis_url_of(redis_server("--maxmemory-policy", "allkeys-lru"))
+    with unchanged(url):
+        sentence = stage.having(redis__url=url).refused("--unchecked")  # which is about what is not told
+    assert f"Redis at {url}, eviction policy" in sentence
+    assert "maxmemory-policy noeviction" in sentence
+    assert "got allkeys-lru" in sentence
+    assert "Set maxmemory-policy to noeviction" in sentence
+
+
+def test_a_replica_is_refused(stage: Stage, redis_server: Callable[..., Server]) -> None:
+    master = redis_server()
+    replica = redis_server("--replicaof", "127.0.0.1", str(master.port))
+    url = redis_url_of(replica)
+    sentence = stage.having(redis__url=url).refused("--unchecked")
+    assert f"Redis at {url}, role" in sentence
+    assert "got slave" in sentence
+    assert "Point redis.url at the master" in sentence
+
+
+def test_a_redis_that_does_not_tell_is_refused_unless_unchecked(
+    stage: Stage, redis_server: Callable[..., Server]
+) -> None:
+    server = redis_server("--user", "app", "on", f">{PASSWORD}", "~sa:*", "&*", "+@all", "-info")
+    there = stage.having(redis__url=f"redis://app:{PASSWORD}@{server.address}/0")
+    there.run("topics", "--partitions", "1")
+    with unchanged(redis_url_of(server)):
+        sentence = there.refused("--until-end")
+    assert f"Redis at redis://***@{server.address}/0, INFO" in sentence
+    assert "start with --unchecked" in sentence
+    log = there.run("worker", "--until-end", "--unchecked")
+    assert PASSWORD not in sentence + log
+    assert state(redis_url_of(server))["wm"]["epoch"] == "1"
+
+
+def test_a_redis_that_is_not_there_is_refused(stage: Stage) -> None:
+    port = free_port()
+    sentence = stage.having(redis__url=f"redis://app:{PASSWORD}@127.0.0.1:{port}/0").refused()
+    assert f"Redis at redis://***@127.0.0.1:{port}/0: expected an answer" in sentence
+    assert "Check redis.url and that Redis is up" in sentence
+    assert PASSWORD not in sentence
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"redis://:{PASSWORD}@{{}}/0",
+        f"redis://somebody:{PASSWORD}@{{}}/0",
+        f"redis://{{}}/0?password={PASSWORD}",
+        "redis://{}/0",
+    ],
+)
+def test_wrong_credentials_are_refused_and_never_shown(
+    stage: Stage, redis_server: Callable[..., Server], url: str
+) -> None:
+    server = redis_server("--requirepass", "another")
+    there = stage.having(redis__url=url.format(server.address))
+    sentence = there.refused()
+    assert "expected to be let in" in sentence
+    assert "Check the user and password of redis.url" in sentence
+    assert server.address in sentence
+    assert not any(PASSWORD in program.log for program in there.programs.started)
+
+
+# --- Kafka -------------------------------------------------------------------------------------------------
+
+
+def topics_of(stage: Stage) -> set[str]:
+    """Which of the test's topics exist."""
+
+    async def ask() -> set[str]:
+        async with KafkaAdmin(stage.environment["STREAM_APP__KAFKA__BOOTSTRAP_SERVERS"]) as admin:
+            return set(await admin.partition_counts())
+
+    names = stage.names
+    return asyncio.run(ask()) & {names.events, names.entered, names.exited, names.dead_letter}
+
+
+@pytest.mark.parametrize("missing", [["events"], ["dead_letter"], ["entered", "exited"]])
+def test_a_missing_topic_is_refused_and_not_created(
+    stage: Stage, fresh_redis: str, kafka_bootstrap: str, missing: list[str]
+) -> None:
+    made = {"events", "entered", "exited", "dead_letter"} - set(missing)
+    for name in made:
+        asyncio.run(create_topic(kafka_bootstrap, getattr(stage.names, name)))
+    with unchanged(fresh_redis):
+        sentence = stage.having(redis__url=fresh_redis).refused()
+    assert f"topic {getattr(stage.names, missing[0])}: expected the topic to exist" in sentence
+    assert "Run `stream-app topics`" in sentence
+    assert topics_of(stage) == {getattr(stage.names, name) for name in made}
+
+
+def test_a_broker_that_is_not_there_is_refused(stage: Stage, fresh_redis: str) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    there = stage.having(redis__url=fresh_redis, kafka__bootstrap_servers=address)
+    with unchanged(fresh_redis):
+        sentence = there.refused()
+    assert f"Kafka at {address}" in sentence
+    assert "Check kafka.bootstrap_servers" in sentence
+
+
+def create_topics(stage: Stage, timestamp_type: str) -> None:
+    bootstrap = stage.environment["STREAM_APP__KAFKA__BOOTSTRAP_SERVERS"]
+    asyncio.run(
+        create_topic(bootstrap, stage.names.events, config={"message.timestamp.type": timestamp_type})
+    )
+    stage.run("topics")
+
+
+def test_the_wall_clock_is_refused_on_a_topic_with_producers_times_unless_they_are_trusted(
+    stage: Stage, fresh_redis: str
+) -> None:
+    wall = stage.having(redis__url=fresh_redis, worker__clock="wall")
+    asyncio.run(
+        create_topic(
+            stage.environment["STREAM_APP__KAFKA__BOOTSTRAP_SERVERS"],
+            stage.names.events,
+            config={"message.timestamp.type": "CreateTime"},
+        )
+    )
+    wall.run("topics", status=1)
+    with unchanged(fresh_redis):
+        sentence = wall.refused("--until-end")
+    assert (
+        f"topic {stage.names.events}, timestamp type: expected message.timestamp.type=LogAppendTime"
+        in sentence
+    )
+    assert "got CreateTime" in sentence
+    assert "Let `stream-app topics` create the topic" in sentence
+    assert "worker.trust_create_time" in sentence
+    wall.having(worker__trust_create_time="true").run("worker", "--until-end")
+
+
+def test_records_with_producers_times_stop_the_wall_clock_whatever_the_topic_says(
+    stage: Stage, fresh_redis: str, kafka_kind: Kind
+) -> None:
+    """The embedded broker says LogAppendTime of a topic that was created so, and keeps what producers say."""
+    if kafka_kind != "embedded":
+        pytest.skip("Apache Kafka does as its topic says")
+    wall = stage.having(redis__url=fresh_redis, worker__clock="wall")
+    wall.run("topics", "--partitions", "1")
+    send_events(wall, 0, 3)
+    sentence = wall.refused("--until-end")
+    assert "LogAppendTime" in sentence
+    assert "CreateTime" in sentence
+    assert "worker.trust_create_time" in sentence
+    assert state(fresh_redis)["wm"]["watermark"] == "0"
+    wall.having(worker__trust_create_time="true").run("worker", "--until-end")
+    assert state(fresh_redis)["wm"]["watermark"] == "3"
+
+
+# --- state of something else -------------------------------------------------------------------------------
+
+
+async def claim_for_another(stage: Stage, url: str, **differs: object) -> None:
+    """Write the watermark that a worker with these differences would have left behind."""
+    kafka = stage.environment["STREAM_APP__KAFKA__BOOTSTRAP_SERVERS"]
+    async with KafkaAdmin(kafka) as admin:
+        cluster = (await admin.cluster()).cluster_id
+    assert cluster is not None
+    mine = Identity(cluster, stage.names.events, 1, stage.names.group, "event", WEIGHTS.fingerprint())
+    store = ProfileStore(connect(url), "somebody")
+    try:
+        await store.claim(
+            0,
+            replace(mine, **differs),  # type: ignore[arg-type]
+            last_epoch=0,
+            log_start=0,
+            processed_below=None,
+            replay_when_new=None,
+            definitions=(SEGMENTS.fingerprint, SEGMENTS.canonical_json()),
+        )
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize(
+    ("differs", "said"),
+    [
+        ({"cluster_id": "another-cluster"}, "got state of cluster id another-cluster"),
+        ({"topic": "another-topic"}, "got state of topic another-topic"),
+        ({"partitions": 2}, "expected state of partitions 1, got state of partitions 2"),
+        ({"group": "another-group"}, "got state of group another-group"),
+        ({"clock": "wall"}, "expected state of clock event, got state of clock wall"),
+    ],
+    ids=["cluster", "topic", "partitions", "group", "clock"],
+)
+def test_state_of_another_log_is_refused(
+    stage: Stage, fresh_redis: str, differs: Mapping[str, object], said: str
+) -> None:
+    there = stage.having(redis__url=fresh_redis)
+    there.run("topics", "--partitions", "1")
+    asyncio.run(claim_for_another(there, fresh_redis, **differs))
+    with unchanged(fresh_redis):
+        sentence = there.refused("--until-end")
+    assert "key sa:{0}:wm: expected state of" in sentence
+    assert said in sentence
+    assert "Point redis.url at this service's own Redis, or run `stream-app rebuild`" in sentence
+
+
+def test_state_of_the_same_log_is_taken_over(stage: Stage, fresh_redis: str) -> None:
+    there = stage.having(redis__url=fresh_redis)
+    there.run("topics", "--partitions", "1")
+    asyncio.run(claim_for_another(there, fresh_redis))
+    there.run("worker", "--until-end")
+    assert state(fresh_redis)["wm"]["epoch"] == "2"
+
+
+def test_a_broker_that_was_started_anew_under_a_lasting_redis_is_refused(
+    settled: Stage, fresh_redis: str, kafka_server: Callable[..., Server]
+) -> None:
+    anew = settled.having(kafka__bootstrap_servers=kafka_server().address)
+    anew.run("topics", "--partitions", "1")
+    with unchanged(fresh_redis):
+        sentence = anew.refused("--until-end")
+    assert "expected state of cluster id" in sentence
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"weights__half_life_s": "7200.0"},
+        {"weights__history_floor": "0.002"},
+        {"weights__event_types__buy__action_weight": "3.0"},
+        {"weights__event_types__view__half_life_s": "60.0"},
+    ],
+    ids=["half-life", "floor", "action weight", "half-life of a type"],
+)
+def test_sums_under_other_weights_are_refused_until_they_are_rebuilt(
+    stage: Stage, fresh_redis: str, setting: Mapping[str, str]
+) -> None:
+    there = stage.having(redis__url=fresh_redis)
+    there.run("topics", "--partitions", "1")
+    asyncio.run(claim_for_another(there, fresh_redis))
+    with unchanged(fresh_redis):
+        sentence = there.having(**setting).refused("--until-end")
+    assert "key sa:{0}:wm: expected state of weights {" in sentence
+    assert "restore the old [weights], or run `stream-app rebuild`" in sentence
+
+
+def test_state_that_is_being_rebuilt_is_refused(settled: Stage, fresh_redis: str) -> None:
+    set_watermark(fresh_redis, rebuilding=1)
+    with unchanged(fresh_redis):
+        sentence = settled.refused("--until-end")
+    assert "a rebuild that was broken off" in sentence
+    assert "Run `stream-app rebuild` again" in sentence
+
+
+# --- a log that does not go on where the watermark stands --------------------------------------------------
+
+
+def test_a_log_that_was_created_anew_is_refused_unless_the_gap_is_accepted(
+    settled: Stage, fresh_redis: str, kafka_bootstrap: str
+) -> None:
+    """What a topic that was deleted and created again looks like: shorter than the watermark says."""
+    set_watermark(fresh_redis, watermark=500)
+    before = state(fresh_redis)
+    sentence = settled.refused("--until-end")
+    assert "expected a watermark within the log, offsets 0 to 10, got watermark 500" in sentence
+    assert f"topic {settled.names.events}, partition 0" in sentence
+    assert "run `stream-app rebuild`, or start with --accept-gap" in sentence
+    after = state(fresh_redis)
+    assert (after["wm"]["watermark"], after["users"], after["members"]) == (
+        "500",
+        before["users"],
+        before["members"],
+    )
+
+    settled.run("worker", "--until-end", "--accept-gap")
+    assert state(fresh_redis)["wm"]["watermark"] == "10"
+    send_events(settled, 10, 5)
+    settled.run("worker", "--until-end")
+    assert state(fresh_redis)["wm"]["watermark"] == "15"
+
+
+def delete_records(bootstrap: str, topic: str, before_offset: int) -> None:
+    """Let the log of partition 0 begin at an offset, as retention would; skips where the broker cannot."""
+
+    async def delete() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, request_timeout_ms=10_000)
+        await admin.start()
+        try:
+            await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(before_offset)})
+        finally:
+            await admin.close()
+
+    asyncio.run(delete())
+
+
+def test_records_deleted_before_they_were_folded_are_refused_unless_the_gap_is_accepted(
+    settled: Stage, fresh_redis: str, kafka_bootstrap: str
+) -> None:
+    send_events(settled, 10, 30)
+    delete_records(kafka_bootstrap, settled.names.events, 25)
+    before = state(fresh_redis)
+    sentence = settled.refused("--until-end")
+    assert "expected a watermark within the log, offsets 25 to 40, got watermark 10" in sentence
+    assert "15 records were deleted by retention before they were folded" in sentence
+    assert "start with --accept-gap to go on without them" in sentence
+    assert state(fresh_redis)["wm"]["watermark"] == "10"
+    assert state(fresh_redis)["users"] == before["users"]
+
+    settled.run("worker", "--until-end", "--accept-gap")
+    assert state(fresh_redis)["wm"]["watermark"] == "40"
+    settled.run("worker", "--until-end")
+
+
+# --- configuration -----------------------------------------------------------------------------------------
+
+
+def test_faust_settings_from_the_environment_are_refused(stage: Stage) -> None:
+    environment = {
+        **stage.environment,
+        "STREAM_WAIT_EMPTY": "1",
+        "BROKER_URL": f"kafka://user:{PASSWORD}@elsewhere",
+        "PROCESSING_GUARANTEE": "exactly_once",
+    }
+    log = replace(stage, environment=environment).run("worker", status=2)
+    assert "The configuration has 3 problems:" in log
+    for name in ("STREAM_WAIT_EMPTY", "BROKER_URL", "PROCESSING_GUARANTEE"):
+        assert f"environment: {name}: expected not to be set, since Faust would put it over" in log
+    assert PASSWORD not in log
+    assert "Traceback" not in log
+
+
+def test_all_problems_of_all_sources_are_reported_at_once_and_nothing_is_started(
+    stage: Stage, fresh_redis: str
+) -> None:
+    (stage.directory / "app.toml").write_text(
+        """
+        [kafka]
+        topics = "events"
+        [worker]
+        clock = "sun"
+        max_dead_letter_share = 2.0
+        [weights]
+        history_floor = 0.05
+        [weights.event_types.buy]
+        action_weight = 0.2
+        """
+    )
+    (stage.directory / "segments.toml").write_text(
+        """
+        [[segments]]
+        id = "tea"
+        labels = ["tea"]
+        min_weight = 1.0
+        exit_weight = 2.0
+        [[segments]]
+        id = "empty"
+        labels = []
+        [[segments]]
+        id = "a"
+        labels = ["a"]
+        exclude = ["b"]
+        [[segments]]
+        id = "b"
+        labels = ["b"]
+        exclude = ["a"]
+        [[segments]]
+        id = "typo"
+        label = ["typo"]
+        """
+    )
+    there = stage.having(
+        redis__url=fresh_redis,
+        redis__password=PASSWORD,
+        worker__hold_deadline_s="soon",
+        kafka__exited_topic=stage.names.entered,
+    )
+    with unchanged(fresh_redis):
+        log = there.run("worker", "--until-end", status=2)
+    for where, what in (
+        ("[kafka] topics", "an unknown key"),
+        ("[worker] clock", "got 'sun'"),
+        ("[worker] max_dead_letter_share", "got 2.0"),
+        ("[weights.event_types.buy] action_weight", "at least 10 history floors"),
+        ("STREAM_APP__REDIS__PASSWORD", "got an unknown one"),
+        ("STREAM_APP__WORKER__HOLD_DEADLINE_S", "got 'soon'"),
+        ("STREAM_APP__KAFKA__EXITED_TOPIC", "expected four different topics"),
+        ("segment 'tea', exit_weight", "got 2.0"),
+        ("segment 'empty', labels", "got none"),
+        ("exclude", "cycle"),
+        ("segment 'typo', label", "an unknown key"),
+    ):
+        assert any(where in line and what in line for line in log.splitlines()), (where, what, log)
+    assert PASSWORD not in log
+    assert "Traceback" not in log
+    assert topics_of(there) == set()
+
+
+@pytest.mark.parametrize("file", ["app.toml", "segments.toml"])
+@pytest.mark.parametrize(
+    "content", [b"[worker\nclock", b"\xff\xfe", None], ids=["broken", "binary", "missing"]
+)
+def test_a_file_that_cannot_be_read_never_starts_a_worker(
+    stage: Stage, file: str, content: bytes | None
+) -> None:
+    path = stage.directory / file
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    log = stage.run("worker", status=2)
+    assert f"{path}: expected " in log
+    assert "Operator action: Correct what is listed and start again; nothing was started." in log
+    assert "Traceback" not in log
+
+
+def test_an_unknown_option_is_wrong_use(stage: Stage) -> None:
+    log = stage.run("worker", "--until-ends", status=2)
+    assert "--until-ends" in log
+    assert "Traceback" not in log

@@ -1,0 +1,412 @@
+"""Exits that no event brings, in real time: half-lives of seconds, a live broker, and the clock on the wall."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from stream_app.adapters.partition import GRACE_MS
+from tests.backends import Kind, Names, read_to_end
+from tests.e2e.proof import Case
+from tests.integration.test_worker_life import (
+    PARTITIONS,
+    Stage,
+    claims,
+    event_clock_case,
+    flush,
+    synthetic_events,
+    wait_until,
+)
+from tests.oracle import Oracle, OracleRecord, unix_ms
+from tests.processes import Program, Programs
+
+SEED = 20_261_122
+LIVE_S = 6.0
+USERS = 40
+#: A record's Kafka timestamp is its producer's where the broker does not stamp it. The worker trusts that such
+#: a record is in the log `GRACE_MS` later; a busy machine may need longer, so nothing is sent this shortly
+#: before the same user's exit. (With LogAppendTime the broker stamps what it appends, and nothing is kept off.)
+KEPT_OFF_MS = 500
+BUY_HALF_LIFE_S = 2.0
+WEIGHTS: dict[str, Any] = {
+    "half_life_s": 1.0,
+    "history_floor": 0.05,
+    "event_types": {
+        "buy": {"action_weight": 2.0, "half_life_s": BUY_HALF_LIFE_S},
+        "watch": {"half_life_s": 3.0},
+    },
+}
+SEGMENTS: list[dict[str, Any]] = [
+    {"id": "history", "event_types": ["view"], "min_weight": 0.0},
+    {"id": "red", "labels": ["red"], "min_weight": 1.2, "exit_weight": 0.6},
+    {"id": "green-not-red", "labels": ["green"], "min_weight": 0.5, "exclude": ["red"]},
+    {"id": "both", "labels": ["red", "green"], "match_labels": "all", "min_weight": 0.4},
+    {"id": "buyers", "event_types": ["buy"], "min_weight": 1.0},
+    {"id": "owners", "asset_ids": ["p1", "p2"], "event_types": ["watch"], "min_weight": 0.7},
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One transition as a consumer got it, and when."""
+
+    received_ms: int
+    message: Mapping[str, Any]
+
+    @property
+    def time_ms(self) -> int:
+        return unix_ms(self.message["time"])
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@pytest.fixture
+def stage(
+    kafka_bootstrap: str, kafka_kind: Kind, fresh_redis: str, names: Names, programs: Programs, tmp_path: Path
+) -> Stage:
+    case = Case(kafka_bootstrap, fresh_redis, names, SEGMENTS, WEIGHTS, "wall")
+    # Apache Kafka stamps the records itself, as `stream-app topics` has asked; the embedded broker cannot.
+    return Stage.build(case, programs, tmp_path, worker__trust_create_time=kafka_kind == "embedded")
+
+
+def started(stage: Stage, **settings: object) -> Program:
+    """Start a worker and wait until it has claimed all partitions."""
+    worker = stage.start("worker", **settings)
+    worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 30, "at work")
+    return worker
+
+
+def is_settled(stage: Stage, ends: Mapping[int, int]) -> bool:
+    """Whether everything is folded, everybody has left and everything is published."""
+    with redis.Redis.from_url(stage.case.redis_url) as raw:
+        client: Any = raw
+        waiting = sum(
+            client.zcard(f"sa:{{{p}}}:due") + client.xlen(f"sa:{{{p}}}:outbox") for p in range(PARTITIONS)
+        )
+    return stage.watermarks() == ends and waiting == 0
+
+
+def exits_due(stage: Stage) -> dict[str, int]:
+    """The next exit of each user, by the due index."""
+    with redis.Redis.from_url(stage.case.redis_url) as raw:
+        client: Any = raw
+        return {
+            user.decode(): int(score)
+            for p in range(PARTITIONS)
+            for user, score in client.zrange(f"sa:{{{p}}}:due", 0, -1, withscores=True)
+        }
+
+
+def transitions(stage: Stage) -> list[dict[str, Any]]:
+    """Everything said so far."""
+    names = stage.case.names
+    return [
+        json.loads(record.value)
+        for record in asyncio.run(read_to_end(stage.case.kafka, names.entered, names.exited))
+    ]
+
+
+def event(event_id: str, user_id: str, at_ms: int, event_type: str = "buy", **more: Any) -> dict[str, Any]:
+    return {
+        "event_id": event_id,
+        "user_id": user_id,
+        "event_type": event_type,
+        "timestamp": at_ms / 1000,
+        **more,
+    }
+
+
+# --- live --------------------------------------------------------------------------------------------------
+
+
+def test_a_live_run_says_what_the_oracle_says_and_exits_come_at_their_instant(
+    stage: Stage, kafka_kind: Kind, record_property: Callable[[str, object], None]
+) -> None:
+    print(f"seed {SEED}")
+    worker = started(stage)
+    said = asyncio.run(_live(stage, random.Random(SEED), keep_off=kafka_kind == "embedded"))
+    proof = stage.proven(record_property, until_ms=now_ms())
+    assert worker.is_running
+    assert proof.causes["exited decay"] > 100
+    assert proof.causes["entered decay"] > 0
+    assert proof.repeats == 0
+    assert proof.replayed == 0
+    exits = [one for one in said if one.message["status"] == "exited" and one.message["cause"] == "decay"]
+    assert len(exits) == proof.causes["exited decay"]
+    assert all(one.message["event"] is None for one in exits)
+    late_ms = sorted(one.received_ms - one.time_ms for one in exits)
+    figures = {
+        "exits": len(late_ms),
+        "min": late_ms[0],
+        "median": round(statistics.median(late_ms)),
+        "p99": late_ms[int(0.99 * (len(late_ms) - 1))],
+        "max": late_ms[-1],
+    }
+    record_property("lateness of decay exits, ms after t*", figures)
+    print(f"lateness of decay exits, ms after t*: {figures}")
+    assert late_ms[0] >= 0, "an exit was said before its instant"
+    assert late_ms[-1] < 10_000
+    assert _exits_foretold(said) > 30
+
+
+async def _live(stage: Stage, rng: random.Random, *, keep_off: bool) -> list[Said]:
+    """Produce for some seconds, then wait until everybody has left; returns what a consumer got meanwhile."""
+    names, kafka = stage.case.names, stage.case.kafka
+    said: list[Said] = []
+    async with (
+        AIOKafkaProducer(bootstrap_servers=kafka, acks="all") as producer,
+        AIOKafkaConsumer(
+            bootstrap_servers=kafka,
+            auto_offset_reset="earliest",
+            enable_auto_commit=False,
+            fetch_max_wait_ms=50,
+        ) as consumer,
+    ):
+        consumer.assign(
+            [TopicPartition(t, p) for t in (names.entered, names.exited) for p in range(PARTITIONS)]
+        )
+        collecting = asyncio.create_task(_collect(consumer, said))
+        try:
+            await _produce(producer, names.events, rng, keep_off=keep_off)
+            ends = await asyncio.to_thread(stage.log_ends)
+            async with asyncio.timeout(30):
+                while not await asyncio.to_thread(is_settled, stage, ends):
+                    await asyncio.sleep(0.05)
+            total = len(await read_to_end(kafka, names.entered, names.exited))
+            async with asyncio.timeout(10):
+                while len(said) < total:
+                    await asyncio.sleep(0.02)
+        finally:
+            collecting.cancel()
+    return said
+
+
+async def _collect(consumer: AIOKafkaConsumer, said: list[Said]) -> None:
+    while True:
+        for records in (await consumer.getmany(timeout_ms=50)).values():
+            received_ms = now_ms()
+            said += [Said(received_ms, json.loads(record.value)) for record in records]
+
+
+async def _produce(producer: AIOKafkaProducer, topic: str, rng: random.Random, *, keep_off: bool) -> None:
+    """Send about 60 events a second, some of them late, early or twice."""
+    foreseen = Oracle(SEGMENTS, WEIGHTS)
+    earlier: list[dict[str, Any]] = []
+    sent = []
+    end_ms = now_ms() + round(LIVE_S * 1000)
+    while (instant_ms := now_ms()) < end_ms:
+        user = f"u{rng.randrange(USERS)}"
+        happened_ms = instant_ms + rng.choice([0, 0, 0, 0, -700, -3_000, 5_000])
+        made = event(
+            f"e{len(sent)}",
+            user,
+            happened_ms,
+            rng.choice(["view", "view", "buy", "watch"]),
+            labels=rng.sample(["red", "green", "blue"], rng.randint(0, 2)),
+            asset_id=f"p{rng.randrange(4)}",
+        )
+        if earlier and rng.random() < 0.03:
+            made = earlier[-1]
+        if keep_off and _leaves_soon(foreseen, made["user_id"], instant_ms):
+            await asyncio.sleep(0.002)
+            continue
+        earlier.append(made)
+        foreseen.fold(_as_record(made, len(sent), instant_ms), "wall")
+        sent.append(
+            await producer.send(
+                topic, json.dumps(made).encode(), key=made["user_id"].encode(), timestamp_ms=instant_ms
+            )
+        )
+        # Not a wait for anything: events are spread over time because that is what is tested.
+        await asyncio.sleep(rng.expovariate(60.0))
+    await asyncio.gather(*sent)
+
+
+def _leaves_soon(foreseen: Oracle, user_id: str, at_ms: int) -> bool:
+    user = foreseen.users.get(user_id)
+    if user is None:
+        return False
+    foreseen.expire(user, at_ms)
+    return any(exits_at <= at_ms + KEPT_OFF_MS for exits_at in user.members.values())
+
+
+def _as_record(made: Mapping[str, Any], offset: int, kafka_time_ms: int) -> OracleRecord:
+    return OracleRecord(
+        offset=offset,
+        kafka_time_ms=kafka_time_ms,
+        user_id=made["user_id"],
+        event_type=made["event_type"],
+        event_time_ms=min(unix_ms(made["timestamp"]), kafka_time_ms),
+        event_id=made["event_id"],
+        labels=tuple(made["labels"]),
+        asset_id=made["asset_id"],
+    )
+
+
+def _exits_foretold(said: Iterable[Said]) -> int:
+    """Count exits that happened at the very instant that their ENTER had announced; none happened before."""
+    announced: dict[tuple[str, str, int], int] = {}
+    exact = 0
+    ordered = sorted(said, key=lambda one: (one.message["seq"], one.message["status"] == "exited"))
+    for one in ordered:
+        message = one.message
+        key = (message["user_id"], message["segment_id"], message["seq"])
+        if message["status"] == "entered":
+            announced[key] = unix_ms(message["exits_at"])
+        elif message["cause"] == "decay" and not _is_suppressible(message["segment_id"]):
+            promised_ms = announced[(*key[:2], key[2] - 1)]
+            assert one.time_ms >= promised_ms
+            exact += one.time_ms == promised_ms
+    return exact
+
+
+def _is_suppressible(segment_id: str) -> bool:
+    return any(segment["id"] == segment_id and segment.get("exclude") for segment in SEGMENTS)
+
+
+# --- a backlog ---------------------------------------------------------------------------------------------
+
+BURST = 8  # buy events at once weigh 16: they are gone from "buyers" four half-lives later
+
+
+def burst(name: str, users: Iterable[str], count: int = BURST) -> list[dict[str, Any]]:
+    at_ms = now_ms()
+    return [event(f"{name}-{user}-{n}", user, at_ms) for user in users for n in range(count)]
+
+
+def all_entered(stage: Stage, worker: Program, users: Iterable[str]) -> dict[str, int]:
+    """Wait until these users are members; returns when they leave unless something comes."""
+    wanted = set(users)
+    worker.wait_until(lambda: exits_due(stage).keys() >= wanted, 10, "users entered")
+    return exits_due(stage)
+
+
+def the_clock_passes(instant_ms: int) -> None:
+    wait_until(lambda: now_ms() > instant_ms + GRACE_MS + 200, 30, "the wall clock there")
+
+
+def left_at(stage: Stage, users: Iterable[str]) -> dict[str, list[int]]:
+    """When these users have left "buyers", as said so far."""
+    found: dict[str, list[int]] = {user: [] for user in users}
+    for message in transitions(stage):
+        if message["status"] == "exited" and message["user_id"] in found:
+            found[message["user_id"]].append(unix_ms(message["time"]))
+    return found
+
+
+def test_a_worker_back_from_an_outage_expires_nobody_whose_events_wait_in_the_log(
+    stage: Stage, record_property: Callable[[str, object], None]
+) -> None:
+    stay, leave = [f"stay-{n}" for n in range(12)], [f"leave-{n}" for n in range(12)]
+    worker = started(stage)
+    stage.send(burst("first", stay + leave))
+    exits = all_entered(stage, worker, stay + leave)
+    worker.terminate()
+    assert worker.wait(10) == 0, worker.log
+    assert now_ms() < min(exits.values()) - KEPT_OFF_MS, "too slow for this test"
+    stage.send(burst("second", stay))
+    the_clock_passes(max(exits.values()))
+
+    worker = started(stage)
+    ends = stage.log_ends()
+    worker.wait_until(lambda: is_settled(stage, ends), 30, "settled")
+    said = left_at(stage, stay + leave)
+    assert all(len(instants) == 1 for instants in said.values())
+    assert {user: said[user] for user in leave} == {user: [exits[user]] for user in leave}
+    assert all(said[user][0] > exits[user] + 1_000 for user in stay), "a false exit"
+    proof = stage.proven(record_property, until_ms=now_ms())
+    assert proof.transitions == 2 * len(stay + leave)
+    assert proof.repeats == 0
+
+
+def test_a_worker_stopped_for_seconds_expires_nobody_whose_events_wait_in_the_log(
+    stage: Stage, record_property: Callable[[str, object], None]
+) -> None:
+    stay, leave = [f"stay-{n}" for n in range(12)], [f"leave-{n}" for n in range(12)]
+    worker = started(stage, kafka__session_timeout_s=10)
+    stage.send(burst("first", stay + leave, count=2))  # they weigh 4: gone two half-lives later
+    exits = all_entered(stage, worker, stay + leave)
+    os.kill(worker.pid, signal.SIGSTOP)
+    try:
+        assert now_ms() < min(exits.values()) - KEPT_OFF_MS, "too slow for this test"
+        stage.send(burst("second", stay))
+        the_clock_passes(max(exits.values()))
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+    ends = stage.log_ends()
+    worker.wait_until(lambda: is_settled(stage, ends), 30, "settled")
+    said = left_at(stage, stay + leave)
+    assert {user: said[user] for user in leave} == {user: [exits[user]] for user in leave}
+    assert all(len(said[user]) == 1 and said[user][0] > exits[user] + 1_000 for user in stay), "a false exit"
+    stage.proven(record_property, until_ms=now_ms())
+
+
+def test_an_exit_still_comes_when_redis_is_flushed_before_it_is_due(
+    stage: Stage, record_property: Callable[[str, object], None]
+) -> None:
+    users = [f"u{n}" for n in range(12)]
+    worker = started(stage)
+    stage.send(burst("first", users))
+    exits = all_entered(stage, worker, users)
+    flush(stage)
+    ends = stage.log_ends()
+    worker.wait_until(
+        lambda: now_ms() > max(exits.values()) and is_settled(stage, ends), 30, "folded again and settled"
+    )
+    assert left_at(stage, users) == {user: [exits[user]] for user in users}
+    proof = stage.proven(record_property, until_ms=now_ms())
+    assert proof.repeats == len(users), "who entered was said again"
+    assert proof.replayed == len(users), "who left was said for the first time"
+
+
+# --- stream time -------------------------------------------------------------------------------------------
+
+
+def test_stream_time_survives_a_restart_and_is_not_lowered_by_an_old_event(
+    kafka_bootstrap: str,
+    fresh_redis: str,
+    names: Names,
+    programs: Programs,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+) -> None:
+    stage = Stage.build(event_clock_case(kafka_bootstrap, fresh_redis, names), programs, tmp_path)
+    events = synthetic_events(SEED, 2_000)
+    newest_s = max(e["timestamp"] for e in events)
+    stage.send(events)
+    stage.run("worker", "--until-end")
+    times = [stage.wm(p)["stream_time_ms"] for p in range(PARTITIONS)]
+    assert max(map(int, times)) == round(newest_s * 1000)
+
+    worker = started(stage)
+    assert [stage.wm(p)["stream_time_ms"] for p in range(PARTITIONS)] == times
+    worker.terminate()
+    assert worker.wait(15) == 0, worker.log
+    assert [stage.wm(p)["stream_time_ms"] for p in range(PARTITIONS)] == times
+
+    old_s = newest_s - 86_400
+    stage.send(
+        [
+            {**e, "event_id": f"old-{n}", "timestamp": old_s, "labels": ["red", "green"]}
+            for n, e in enumerate(events[-300:])
+        ]
+    )
+    stage.run("worker", "--until-end")
+    assert stage.watermarks() == stage.log_ends()
+    assert [stage.wm(p)["stream_time_ms"] for p in range(PARTITIONS)] == times
+    stage.proven(record_property)
