@@ -1,5 +1,7 @@
 """Progress on stderr: a bar on a terminal, and plain lines, few of them, in a log."""
 
+# ruff: noqa: PLC0415  (what is slow to import waits until something is shown)
+
 from __future__ import annotations
 
 import time
@@ -7,18 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
-from rich.text import Text
 
 LINE_EVERY_S = 5.0
 _DRAW_EVERY_S = 0.1
-
-
-class _TimeLeft(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        left = _time_left(task.completed if task.total else None, task.elapsed or 0.0)
-        return Text(left, style="progress.remaining")
 
 
 @contextmanager
@@ -32,17 +25,20 @@ def bar(name: str, unit: str = "events") -> Iterator[Callable[[float | None, int
     unit
         What is counted.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
         TextColumn(f"{{task.fields[events]:>12,}} {unit}"),
         TextColumn("{task.fields[rate]:>9,.0f}/s"),
         TimeElapsedColumn(),
-        _TimeLeft(),
+        TextColumn("{task.fields[left]}", style="progress.remaining"),
     )
     begin = drawn = time.monotonic()
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=10) as progress:
-        task = progress.add_task(name, total=None, events=0, rate=0.0)
+        task = progress.add_task(name, total=None, events=0, rate=0.0, left="")
 
         def move(share: float | None, events: int) -> None:
             nonlocal drawn
@@ -51,8 +47,14 @@ def bar(name: str, unit: str = "events") -> Iterator[Callable[[float | None, int
                 return
             drawn = now
             total = None if share is None else 1.0
-            rate = events / max(now - begin, 1e-9)
-            progress.update(task, total=total, completed=share or 0.0, events=events, rate=rate)
+            progress.update(
+                task,
+                total=total,
+                completed=share or 0.0,
+                events=events,
+                rate=events / max(now - begin, 1e-9),
+                left=_time_left(share, now - begin),
+            )
 
         yield move
 

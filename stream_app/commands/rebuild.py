@@ -18,6 +18,9 @@ from stream_app.errors import StartRefused
 if TYPE_CHECKING:
     from stream_app.settings import Settings
 
+PATIENCE_S = 3.0
+LOOK_EVERY_S = 0.5
+
 
 @click.command(epilog=closing("stream-app rebuild", "stream-app rebuild --yes"))
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -29,7 +32,8 @@ def rebuild(yes: bool, config: Path | None, segments: Path | None) -> int:
     log no longer holds is gone for good, so it is said first what it still holds. What is published for the
     second time says `"replayed": true`.
 
-    Refuses while the group has members: stop the workers first. Broken off, it is run again; until it is
+    Refuses while the group has members, after waiting as long as a killed worker counts as one: stop the
+    workers first. Broken off, it is run again; until it is
     through, workers refuse to start.
     """
     settings = read_settings(config, segments)
@@ -48,14 +52,17 @@ async def _survey(settings: Settings) -> tuple[int, str]:
 
     kafka = settings.kafka
     async with KafkaAdmin(kafka.bootstrap_servers) as admin:
-        members = await admin.group_member_count(kafka.group_id)
-        if members:
-            raise StartRefused(
-                "no members in the group while its state is deleted",
-                str(members),
-                f"group {kafka.group_id}",
-                "Stop the workers, and wait for the session timeout if one was killed.",
-            )
+        # A worker that was killed counts as a member until its session has timed out.
+        deadline_s = time.monotonic() + kafka.session_timeout_s + PATIENCE_S
+        while members := await admin.group_member_count(kafka.group_id):
+            if time.monotonic() > deadline_s:
+                raise StartRefused(
+                    "no members in the group while its state is deleted",
+                    str(members),
+                    f"group {kafka.group_id}",
+                    "Stop the workers first.",
+                )
+            await asyncio.sleep(LOOK_EVERY_S)
         partitions = await admin.partition_count(kafka.events_topic)
         config = (await admin.topic_configs([kafka.events_topic])).get(kafka.events_topic, {})
     probe = LogProbe(kafka.bootstrap_servers, kafka.events_topic, lambda: time.time_ns() // 1_000_000)

@@ -271,7 +271,7 @@ class Fold:
         """Bring a profile from other definitions to these.
 
         1. Exits that are due under the old definitions happen first, with cause decay.
-        2. Members of segments that are gone leave, and their numbering is dropped.
+        2. Members of segments that are gone leave; the numbering goes on should one come back.
         3. All other members stay if they are above the new exit threshold.
         4. Everyone else is let in as after an event.
 
@@ -306,7 +306,6 @@ class Fold:
                 rule = old.rule_by_id[segment_id]
                 weight, _ = self._standing(profile, rule, at_ms)
                 changed.append(self._leave(profile, rule, at_ms, weight, Cause.DEFINITION))
-            del profile.seqs[segment_id]
         due = []
         for segment_id in profile.exits_at_ms:  # step 3
             _, exit_ms = self._standing(profile, rule_by_id[segment_id], at_ms)
