@@ -30,6 +30,7 @@ from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.partition import Shell
 from stream_app.adapters.profile_store import Identity, ProfileStore, connect
 from stream_app.adapters.publisher import Publisher
+from stream_app.adapters.tasks import end_tasks
 from stream_app.adapters.transport import Log, SliceApp, build_faust_app
 from stream_app.adapters.until_end import wait_until_end
 from stream_app.core.fold import Fold
@@ -204,8 +205,7 @@ async def _run(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
             failure = _failure(reasons, done)
             await _stop(worker, settings.worker.drain_deadline_s, failure)
         finally:
-            for task in reasons.values():
-                task.cancel()
+            await end_tasks(reasons.values())
 
 
 def _failure(reasons: dict[str, asyncio.Task[Any]], done: set[asyncio.Task[Any]]) -> BaseException | None:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 
 from stream_app.adapters.partition import PartitionMemory, PartitionTask, Shell
+from stream_app.adapters.tasks import end_tasks
 from stream_app.adapters.transport import Slice
 
 __all__ = ["Assignment"]
@@ -74,10 +75,8 @@ class Assignment:
             self._tasks.pop(partition, None)
             task = self._running.pop(partition, None)
             if task is not None:
-                task.cancel()
                 running.append(task)
-        if running:
-            await asyncio.wait(running)
+        await end_tasks(running)
 
     def submit(self, part: Slice, acknowledge: Callable[[], object]) -> None:
         """Hand a slice to its partition; one that is no longer here drops it unacknowledged."""

@@ -55,6 +55,8 @@ GRACE_MS: Final = 150
 MOST_IDLE_MS: Final = 2_000
 #: How soon the timer asks again when the log was ahead of the fold.
 ASK_AGAIN_S: Final = 0.05
+#: Kafka's number for a record whose timestamp the broker has set.
+LOG_APPEND_TIME: Final = 1
 #: A slice lost inside Faust shows as a gap; several may follow it before the rewind takes effect.
 REWIND_AGAIN_S: Final = 1.0
 FIRST_BACKOFF_S: Final = 0.1
@@ -412,6 +414,7 @@ class PartitionTask:
     async def _fold(self, owned: _Owned, part: Slice) -> None:
         """Fold one slice: every record's effects are committed with the watermark behind it, or none."""
         shell, p = self._shell, self.partition
+        self._check_timestamps(part)
         records: list[Record] = []
         outgoing: list[Outgoing] = []
         now_ms = shell.now_ms() if shell.check_producer_time else None
@@ -448,6 +451,21 @@ class PartitionTask:
         step.watermark, step.stream_time_ms = part.next_offset, result.stream_time_ms
         await self._commit(owned, step, outgoing)
         shell.metrics.events.inc(len(records))
+
+    def _check_timestamps(self, part: Slice) -> None:
+        """Refuse producers' times under the wall clock unless trusted, whatever the topic says of itself."""
+        shell = self._shell
+        if shell.clock == "event" or shell.check_producer_time:
+            return
+        for raw in part.records:
+            if raw.timestamp_type != LOG_APPEND_TIME:
+                raise StartRefused(
+                    "LogAppendTime, since stream time must not follow producers' clocks",
+                    "a producer's (CreateTime)",
+                    f"topic {shell.topic}, partition {self.partition}, offset {raw.offset}",
+                    "Set worker.trust_create_time if all producers' clocks can be trusted, as with the "
+                    "embedded broker, which keeps producers' times whatever the topic says.",
+                )
 
     def _due_by_stream_time(self, owned: _Owned) -> bool:
         return (

@@ -24,6 +24,7 @@ MAX_BATCH_BYTES = 256 * 1024
 LINGER_MS = 2
 
 logger = logging.getLogger(__name__)
+sender_logger = logging.getLogger("aiokafka.producer.sender")
 
 
 class Publisher:
@@ -65,6 +66,8 @@ class Publisher:
                 max_request_size=MAX_REQUEST_BYTES,
                 request_timeout_ms=int(self._timeout_s * 1000),
             )
+            # What aiokafka logs of a refusal is said below, or raised.
+            sender_logger.setLevel(logging.CRITICAL)
             try:
                 await producer.start()
             except KafkaError as exc:
@@ -73,6 +76,8 @@ class Publisher:
                     logger.warning("the broker has no idempotent producers (%s)", type(exc).__name__)
                     continue
                 raise StoreUnavailable("Kafka, connect", f"{type(exc).__name__}: {exc}") from exc
+            finally:
+                sender_logger.setLevel(logging.NOTSET)
             self._producer = producer
             return
 

@@ -16,6 +16,8 @@ decided by the watermark in Redis. What is overridden, and why:
     Tell the partitions who owns what.
 ``AIOKafkaConsumerThread._create_worker_consumer``
     Reads committed records only and waits 50 ms, not 1,500 ms, for more.
+``AIOKafkaConsumerThread._stopped_set``
+    Lets a worker that failed stop without a second failure.
 ``App._new_transport``, ``App._create_directories``
     Use the above, and leave nothing on disk.
 
@@ -153,6 +155,13 @@ class SliceConsumerThread(faust_aiokafka.AIOKafkaConsumerThread):
             isolation_level="read_committed",
             metadata_max_age_ms=conf.consumer_metadata_max_age_ms,
         )
+
+    def _stopped_set(self) -> None:
+        try:
+            super()._stopped_set()
+        except RuntimeError:
+            # A crash of the application has ended this thread and closed its loop already.
+            self._stopped.set()
 
     async def fetch_here(self, wanted: frozenset[TopicPartition]) -> list[Slice]:
         """Take what has been fetched for some partitions, waiting `FETCH_LOOK_S` at most."""

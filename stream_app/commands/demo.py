@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
+from stream_app.adapters.tasks import end_tasks
 from stream_app.commands.options import closing, configured, print_table, read_settings
 from stream_app.errors import StreamAppError
 
@@ -304,15 +305,8 @@ async def _while_running(
             task.result()
         return main.result()
     finally:
-        left = {main, *others}
-        while left:
-            # Again and again: Python 3.11's wait_for, with which redis-py writes, can swallow a cancellation.
-            for task in left:
-                task.cancel()
-            ended, left = await asyncio.wait(left, timeout=_LOOK_EVERY_S)
-            for task in ended:
-                if not task.cancelled():
-                    task.exception()  # the first failure is told; what follows from it is not
+        # The first failure is told; what follows from it is not.
+        await end_tasks([main, *others])
 
 
 @dataclass(frozen=True, slots=True)

@@ -256,7 +256,7 @@ class Fold:
         """
         if profile.definitions != self.segments.fingerprint:
             raise ValueError(
-                f"profile of {profile.user_id!r}: expected definitions {self.segments.fingerprint}, "
+                f"expected a profile under definitions {self.segments.fingerprint}, "
                 f"got {profile.definitions}; redefine it first"
             )
         transitions: list[Transition] = []

@@ -99,7 +99,7 @@ def fold_slice(
         if profile is not None and profile.definitions != fingerprint:
             if before_ms is None or profile.definitions not in old:
                 raise ValueError(
-                    f"profile of {event.user_id!r}: expected a stream time and definitions {fingerprint} or "
+                    f"expected a stream time and a profile under definitions {fingerprint} or "
                     f"one of {sorted(old)}, got {before_ms} and {profile.definitions!r}"
                 )
             transitions += fold.redefine(profile, before_ms, old[profile.definitions])

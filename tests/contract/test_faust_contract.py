@@ -6,6 +6,7 @@ import ast
 import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,9 @@ def parameters(function: Callable[..., Any]) -> list[str]:
         (Consumer, SliceConsumer, "on_partitions_revoked", ["self", "revoked"]),
         (Consumer, SliceConsumer, "verify_event_path", ["self", "now", "tp"]),
         (AIOKafkaConsumerThread, SliceConsumerThread, "_create_worker_consumer", ["self", "transport"]),
+        (AIOKafkaConsumerThread, SliceConsumerThread, "_stopped_set", ["self"]),
+        (faust.App, SliceApp, "_new_transport", ["self"]),
+        (faust.App, SliceApp, "_create_directories", ["self"]),
     ],
 )
 def test_an_overridden_method_has_the_signature_that_faust_calls(
@@ -128,7 +132,7 @@ def test_a_fetch_is_cut_into_slices_that_speak_for_every_offset_once() -> None:
     slices = cut(0, 8, 1320, records)
     assert slices[0].from_offset == 8
     assert slices[-1].next_offset == 1320
-    assert all(a.next_offset == b.from_offset for a, b in zip(slices, slices[1:], strict=False))
+    assert all(a.next_offset == b.from_offset for a, b in pairwise(slices))
     assert [r.offset for part in slices for r in part.records] == [r.offset for r in records]
     assert max(len(part.records) for part in slices) == transport.SLICE_RECORDS
 

@@ -201,7 +201,7 @@ def _difference(expected: OracleTransition, got: Mapping[str, Any], off_ms: int)
 
 
 def _same_instant(got_ms: int | None, expected_ms: int | None) -> bool:
-    """Tell whether two instants agree to the millisecond that bisection and logarithm may round differently."""
+    """Tell whether two instants agree to the millisecond that bisection and logarithm may round apart."""
     if got_ms is None or expected_ms is None:
         return got_ms is expected_ms
     return abs(got_ms - expected_ms) <= 1

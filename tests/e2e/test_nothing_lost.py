@@ -38,7 +38,7 @@ half_life_s = 864000.0
 
 @pytest.fixture(scope="session")
 def real_events(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file of real events: product reviews where the shared data is at hand, else the PyPI grocery sample."""
+    """Real events: product reviews where the shared data is at hand, else the PyPI grocery sample."""
     from stream_app.sample import load_sample  # noqa: PLC0415 - pandas is slow to import
 
     shared = Path(__file__).parents[3] / "shared" / "data" / "ciao.jsonl.gz"

@@ -37,8 +37,8 @@ SEED = 20_261_122
 LIVE_S = 6.0
 USERS = 40
 #: Where the broker does not stamp records, their producer does, and the worker trusts that such a record is
-#: in the log `GRACE_MS` later. A busy machine may need longer, so nothing is sent this shortly before an exit of
-#: the same user. With LogAppendTime nothing is kept off.
+#: in the log `GRACE_MS` later. A busy machine may need longer, so nothing is sent this shortly before an exit
+#: of the same user. With LogAppendTime nothing is kept off.
 KEPT_OFF_MS = 500
 BUY_HALF_LIFE_S = 2.0
 WEIGHTS: dict[str, Any] = {

@@ -120,5 +120,5 @@ def test_a_profile_redefined_by_a_duplicate_has_changed() -> None:
 
 def test_a_profile_of_unknown_definitions_stops_the_slice() -> None:
     stranger = {"u1": Profile("u1", 0, definitions="feedfeedfeedfeed")}
-    with pytest.raises(ValueError, match=r"profile of 'u1': expected .* got 5 and 'feedfeedfeedfeed'"):
+    with pytest.raises(ValueError, match=r"expected a stream time and a profile .* got 5 and 'feedfeedfeedfeed'"):
         folded([record(0, 100, 0)], stranger, 5)
