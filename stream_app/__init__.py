@@ -8,7 +8,8 @@ The path of an event, by the files that it passes:
 3. `adapters/codec.py` turns bytes into an event, or into a reason for the dead-letter topic.
 4. `adapters/profile_store.py` loads the profiles of the slice's users from Redis, all at once.
 5. `core/step.py` and `core/fold.py` decide: a profile and an event go in, the new profile and the
-   transitions come out. `core/decay.py` is the arithmetic, `core/segment.py` the definitions.
+   transitions come out. `core/decay.py` is the arithmetic, `core/segment.py` the definitions,
+   `core/segment_set.py` what they are compiled to.
 6. `adapters/commit.lua` makes profiles, indexes, outbox and watermark durable in one call.
 7. `adapters/publisher.py` sends the outbox to the output topics; then the slice is acknowledged.
 

@@ -49,7 +49,8 @@ from stream_app.core.decay import (
     EventTypeWeight,
     Weights,
 )
-from stream_app.core.segment import Segment, SegmentSet, problems
+from stream_app.core.segment import Segment, problems
+from stream_app.core.segment_set import SegmentSet
 from stream_app.errors import ConfigError
 
 DEFAULT_CONFIG = Path("config/app.toml")

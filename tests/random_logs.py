@@ -14,7 +14,8 @@ from typing import Any
 
 from stream_app.core.decay import EventTypeWeight, Weights
 from stream_app.core.event import Event, Record
-from stream_app.core.segment import Segment, SegmentSet
+from stream_app.core.segment import Segment
+from stream_app.core.segment_set import SegmentSet
 from tests.oracle import Clock, OracleRecord
 
 SECOND_MS = 1000

@@ -1,13 +1,12 @@
-"""Questions to Kafka about itself, and the few orders that the service gives it.
+"""Questions to Kafka about itself, and the one order that the service gives it: to create topics.
 
 One object, `KafkaAdmin`, bounded in time, whose failures are sentences: which topics exist and how they
-are configured, where the log of a partition begins and ends, what a group has committed and whether it has
-members. It must not know settings, segments or Redis; what a topic of this service has to look like is
-decided in `stream_app.adapters.topics`.
+are configured, where the log of a partition ends, whether a group has members. It must not know settings,
+segments or Redis; what a topic of this service has to look like is decided in `stream_app.adapters.topics`.
 
 It stays with what both Apache Kafka and the embedded broker answer. Habits of the embedded broker shape it: a
-metadata request that names a topic creates the topic, so topics are always listed as a whole; a question for
-committed offsets must name its partitions; for the end of a log see `KafkaAdmin.end_offsets`.
+metadata request that names a topic creates the topic, so topics are always listed as a whole; for the end of
+a log see `KafkaAdmin.end_offsets`, for the members of a group `KafkaAdmin.group_member_count`.
 
 Source: the calls of `aiokafka.admin.AIOKafkaAdminClient` and `aiokafka.AIOKafkaConsumer`, aiokafka 0.14.
 """
@@ -36,7 +35,6 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
     for_code,
 )
-from aiokafka.protocol.admin import DeleteGroupsRequest
 from aiokafka.protocol.group import HeartbeatRequest
 from aiokafka.structs import TopicPartition
 
@@ -124,7 +122,7 @@ class Cluster:
 
 
 class KafkaAdmin:
-    """A connection to Kafka for questions about topics, offsets and groups.
+    """A connection to Kafka for questions about topics, logs and groups.
 
     Use it with `async with`; every call, connecting included, answers or raises within `timeout_s`.
 
@@ -277,73 +275,51 @@ class KafkaAdmin:
                 configs[name] = {entry[0]: entry[1] for entry in entries if entry[1] is not None}
         return configs
 
-    async def begin_offsets(self, topic: str) -> dict[int, int]:
-        """Tell where the log of each partition begins: the offset of its oldest record."""
-        partitions = await self._partitions(topic)
-
-        async def ask() -> dict[int, int]:
-            async with self._consumer() as consumer:
-                offsets = await consumer.beginning_offsets(partitions)
-            return {p.partition: offset for p, offset in offsets.items()}
-
-        return await self._call(f"ask where {topic} begins", ask)
-
-    async def end_offsets(self, topic: str, *, committed: bool = True) -> dict[int, int]:
-        """Tell where the log of each partition ends: the offset that its next record gets.
+    async def end_offsets(self, topic: str) -> dict[int, int]:
+        """Tell where the log of each partition ends, for a consumer that reads only what is committed.
 
         Parameters
         ----------
         topic
             An existing topic.
-        committed
-            True: the end that a `read_committed` consumer can reach, which is before the first open
-            transaction. False: the end of everything written.
+
+        Returns
+        -------
+        dict of int to int
+            Partition to the offset that its next record gets or, if a transaction is open, to the offset of
+            its first record.
 
         Notes
         -----
         Asked for the end, the embedded broker answers with the offset after the *first* record of the last
         batch. The high watermark of a fetch is right everywhere, so one fetch at that offset corrects it.
         """
-        partitions = await self._partitions(topic)
+        partitions = [TopicPartition(topic, number) for number in range(await self.partition_count(topic))]
 
         async def ask() -> dict[int, int]:
-            async with self._consumer("read_committed" if committed else "read_uncommitted") as consumer:
+            async with self._consumer() as consumer:
                 offsets = await consumer.end_offsets(partitions)
                 consumer.assign(partitions)
                 for partition, offset in offsets.items():
                     consumer.seek(partition, offset)
                 while any(consumer.highwater(partition) is None for partition in partitions):
                     await consumer.getmany(timeout_ms=_FETCH_WAIT_MS, max_records=1)
-                end = consumer.last_stable_offset if committed else consumer.highwater
-                return {p.partition: max(offset, end(p)) for p, offset in offsets.items()}
+                return {
+                    p.partition: max(offset, consumer.last_stable_offset(p)) for p, offset in offsets.items()
+                }
 
         return await self._call(f"ask where {topic} ends", ask)
-
-    async def committed_offsets(self, group: str, topic: str) -> dict[int, int]:
-        """Read what a group has committed.
-
-        Returns
-        -------
-        dict of int to int
-            Partition to next offset. A partition for which Kafka knows none is absent, so an unknown group
-            is an empty answer, not an error.
-        """
-        partitions = await self._partitions(topic)
-        offsets = await self._call(
-            f"read the offsets of group {group}",
-            lambda: self._client.list_consumer_group_offsets(group, partitions=partitions),
-        )
-        return {p.partition: kept.offset for p, kept in offsets.items() if kept.offset >= 0}
 
     async def group_member_count(self, group: str) -> int:
         """Count the members of a group; 0 for one that does not exist.
 
         A worker that was killed counts until its session times out.
 
-        Notes ----- The embedded broker looks for members that have timed out only when one of the group
-        speaks, and aiokafka says no goodbye in generation 0, which is the embedded broker's first. So a
-        heartbeat of nobody comes first; on every broker it is answered with an error and changes nothing
-        else.
+        Notes
+        -----
+        The embedded broker looks for members that have timed out only when one of the group speaks, and
+        aiokafka says no goodbye in generation 0, which is the embedded broker's first. So a heartbeat of
+        nobody comes first; on every broker it is answered with an error and changes nothing else.
         """
 
         async def describe() -> int:
@@ -359,47 +335,18 @@ class KafkaAdmin:
 
         return await self._call(f"describe group {group}", describe)
 
-    async def delete_group_offsets(self, group: str) -> None:
-        """Make Kafka forget a group with all that it has committed; no error if there is none.
-
-        Raises
-        ------
-        StreamAppError
-            If the group has members. (The embedded broker would delete it under them.)
-        """
-        members = await self.group_member_count(group)
-        if members:
-            raise StreamAppError(
-                "no members",
-                f"{members}",
-                f"group {group} on Kafka at {self._bootstrap_servers}",
-                "Stop the workers of this group first, and wait for the session timeout if one was killed.",
-            )
-
-        async def delete() -> None:
-            coordinator = await self._client.find_coordinator(group)
-            response = await self._client._send_request(DeleteGroupsRequest([group]), coordinator)
-            for _name, code in response.results:
-                if code and for_code(code) is not GroupIdNotFound:
-                    raise for_code(code)(f"group {group}")
-
-        await self._call(f"delete group {group}", delete)
-
     @property
     def _client(self) -> AIOKafkaAdminClient:
         if self._admin is None:
             raise RuntimeError("KafkaAdmin is used outside of `async with`")
         return self._admin
 
-    async def _partitions(self, topic: str) -> list[TopicPartition]:
-        return [TopicPartition(topic, number) for number in range(await self.partition_count(topic))]
-
     @asynccontextmanager
-    async def _consumer(self, isolation_level: str = "read_committed") -> AsyncIterator[AIOKafkaConsumer]:
+    async def _consumer(self) -> AsyncIterator[AIOKafkaConsumer]:
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self._bootstrap_servers,
             group_id=None,
-            isolation_level=isolation_level,
+            isolation_level="read_committed",
             fetch_max_wait_ms=_FETCH_WAIT_MS,
             request_timeout_ms=round(self._timeout_s * 1000),
         )

@@ -29,7 +29,7 @@ from stream_app.adapters.transport import Log, Slice
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold, Transition
 from stream_app.core.profile import Profile
-from stream_app.core.segment import SegmentSet
+from stream_app.core.segment_set import SegmentSet
 from stream_app.core.step import fold_slice
 from stream_app.errors import (
     CommitMismatch,

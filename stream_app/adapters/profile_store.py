@@ -405,6 +405,11 @@ class ProfileStore:
         with _unavailable("read the outbox"):
             return int(await self._redis.xlen(keys(partition).outbox))
 
+    async def definitions(self, partition: int) -> set[str]:
+        """Return the fingerprints of the segment sets that profiles of a partition may have."""
+        with _unavailable("read the definitions"):
+            return {name.decode() for name in await self._redis.hkeys(keys(partition).definitions)}
+
     async def next_due_ms(self, partition: int) -> int | None:
         """Return the partition's earliest exit instant."""
         with _unavailable("due"):

@@ -42,7 +42,10 @@ async def wait_until_end(shell: Shell, ends: Mapping[int, LogEnds]) -> None:
 
 async def _is_done(shell: Shell, partition: int, ends: LogEnds) -> bool:
     wm = (await shell.store.watermarks([partition]))[partition]
-    if wm is None or wm.watermark < ends.end or wm.definitions != shell.fold.segments.fingerprint:
+    if wm is None or wm.watermark < ends.end:
+        return False
+    fingerprint = shell.fold.segments.fingerprint
+    if wm.definitions != fingerprint or await shell.store.definitions(partition) != {fingerprint}:
         return False
     if await shell.store.outbox_length(partition):
         return False

@@ -42,7 +42,7 @@ def check(as_json: bool, config: Path | None, segments: Path | None) -> int:
     Says what is wrong with segments.toml under the weights of app.toml (exit code 2), and what is allowed but
     probably not meant: a segment that one event can never enter, one that excludes all of its own members.
     """
-    from stream_app.core.segment import advice
+    from stream_app.core.segment_advice import advice
     from stream_app.settings import load_settings
 
     try:

@@ -10,7 +10,8 @@ threshold is known when he enters (`decay.crossing_ms`) and an event can only mo
 profile, and whoever keeps the profile wakes `Fold.expire` at it.
 
 Why an event is cheap: it can only raise the weights of its own label, asset and type, so only the segments
-that name one of them are looked at (`segment.Index`), and of those where one item is enough only that item.
+that name one of them are looked at (`segment_set.Index`), and of those where one item is enough only that
+item.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ from stream_app.core.decay import (
 )
 from stream_app.core.event import Event
 from stream_app.core.profile import REMEMBERED_IDS, Profile, TypeSums
-from stream_app.core.segment import Bucket, Criterion, Index, Kind, Rule, SegmentSet
+from stream_app.core.segment_set import Bucket, Criterion, Index, Kind, Rule, SegmentSet
 
 __all__ = [
     "MAX_ASSETS",

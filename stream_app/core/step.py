@@ -15,7 +15,7 @@ from typing import Literal
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold, Transition
 from stream_app.core.profile import Profile
-from stream_app.core.segment import SegmentSet
+from stream_app.core.segment_set import SegmentSet
 
 __all__ = ["StepResult", "fold_slice"]
 

@@ -33,7 +33,8 @@ from stream_app.core.decay import NEVER_MS, Weights
 from stream_app.core.event import Event
 from stream_app.core.fold import Fold
 from stream_app.core.profile import Profile, TypeSums
-from stream_app.core.segment import Segment, SegmentSet
+from stream_app.core.segment import Segment
+from stream_app.core.segment_set import SegmentSet
 from stream_app.embedded import Server
 from stream_app.embedded.servers import free_port
 from stream_app.errors import CommitMismatch, Fenced, StartRefused, StateLost, StoreUnavailable

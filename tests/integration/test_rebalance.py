@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaProducer
 
 from stream_app.adapters.checks import check_kafka
 from stream_app.adapters.kafka_admin import KafkaAdmin
@@ -29,9 +30,11 @@ from tests.processes import Program, Programs
 
 SEED = 7
 PARTITIONS = 6
-EVENTS = 60_000
-USERS = 4_000
-RATE = 3_000  # events a second: slower than a worker, so that every worker that comes finds work
+EVENTS = 60_000  # at least
+USERS = 8_000
+#: Events that are fed at once, and how often: slower than a worker, so that the log is never far behind and
+#: never at its end while workers come and go.
+PORTION, PAUSE_S = 100, 0.05
 CLAIMED = re.compile(r"partition (\d+): claimed, epoch (\d+),")
 
 
@@ -76,29 +79,67 @@ class Owners:
         """How many workers own partitions now."""
         return len(set(self.now.values())) if len(self.now) == PARTITIONS else 0
 
+    @classmethod
+    @contextmanager
+    def watched(cls, stage: Stage) -> Iterator[Owners]:
+        """Watch while the body runs."""
+        owners = cls(stage)
+        thread = threading.Thread(target=owners.watch)
+        thread.start()
+        try:
+            yield owners
+        finally:
+            owners.stop()
+            thread.join()
 
-@contextmanager
-def watched(stage: Stage) -> Iterator[Owners]:
-    owners = Owners(stage)
-    thread = threading.Thread(target=owners.watch)
-    thread.start()
-    try:
-        yield owners
-    finally:
-        owners.stop()
-        thread.join()
+
+class Feed:
+    """Events that are appended to the log bit by bit from a thread of their own, until `finish`."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._events = synthetic_events(SEED, 3 * EVENTS, users=USERS, step_s=0.1)
+        self._finishing = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._feed()))
+        self.sent = 0
+
+    def __enter__(self) -> Feed:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def finish(self) -> None:
+        """Append what is left of `EVENTS`, at once."""
+        assert self._thread.is_alive(), "the log was at its end before the last rebalance"
+        self._finishing.set()
+        self._thread.join()
+
+    async def _feed(self) -> None:
+        async with AIOKafkaProducer(bootstrap_servers=self._stage.case.kafka, acks="all") as producer:
+            while not self._stop.is_set() and not self._finishing.wait(PAUSE_S):
+                await self._send(producer, PORTION)
+            if self._finishing.is_set():
+                await self._send(producer, max(0, EVENTS - self.sent))
+
+    async def _send(self, producer: AIOKafkaProducer, count: int) -> None:
+        topic = self._stage.case.names.events
+        portion = self._events[self.sent : self.sent + count]
+        futures = [
+            await producer.send(topic, json.dumps(e).encode(), key=e["user_id"].encode()) for e in portion
+        ]
+        await asyncio.gather(*futures)
+        self.sent += len(portion)
 
 
 def test_workers_that_come_go_and_are_killed_share_a_log_without_loss(
-    stage: Stage, tmp_path: Path, record_property: Callable[[str, object], None]
+    stage: Stage, record_property: Callable[[str, object], None]
 ) -> None:
     print(f"seed {SEED}")
-    events = tmp_path / "events.jsonl"
-    events.write_text(
-        "".join(json.dumps(e) + "\n" for e in synthetic_events(SEED, EVENTS, users=USERS, step_s=0.25))
-    )
-    with watched(stage) as owners:
-        feeding = stage.start("replay", str(events), "--rate", str(RATE))
+    with Owners.watched(stage) as owners, Feed(stage) as feed:
         first = stage.start("worker")
         first.wait_until(lambda: owners.count() == 1 and stage.folded() > 1_000, 30, "at work alone")
         second = stage.start("worker")
@@ -109,8 +150,7 @@ def test_workers_that_come_go_and_are_killed_share_a_log_without_loss(
         assert first.wait(30) == 0, first.log
         third.wait_until(lambda: owners.count() == 2, 30, "two at work again")
         second.kill()
-        assert feeding.is_running, "the log was at its end before the last rebalance: too little was tested"
-        assert feeding.wait(60) == 0, feeding.log
+        feed.finish()
         last = stage.start("worker", "--until-end")
         assert last.wait(90) == 0, last.log
         third.terminate()
@@ -128,7 +168,7 @@ def test_workers_that_come_go_and_are_killed_share_a_log_without_loss(
         assert all(one[0] < other[0] for one, other in pairwise(seen)), seen
     assert all(claimed([worker]) for worker in workers), "one of them never had anything to do"
     proof = stage.proven(record_property)
-    assert proof.events == EVENTS
+    assert proof.events == feed.sent >= EVENTS
     assert proof.transitions > 10_000
     assert proof.replayed == 0
 

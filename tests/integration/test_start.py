@@ -19,7 +19,8 @@ from aiokafka.admin.records_to_delete import RecordsToDelete
 from stream_app.adapters.kafka_admin import KafkaAdmin
 from stream_app.adapters.profile_store import Identity, ProfileStore, connect
 from stream_app.core.decay import EventTypeWeight, Weights
-from stream_app.core.segment import Segment, SegmentSet
+from stream_app.core.segment import Segment
+from stream_app.core.segment_set import SegmentSet
 from stream_app.embedded import Server
 from stream_app.embedded.servers import free_port
 from tests.backends import Kind, Names, create_topic, redis_url_of

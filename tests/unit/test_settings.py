@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from stream_app.core.decay import EventTypeWeight
-from stream_app.core.segment import advice
+from stream_app.core.segment_advice import advice
 from stream_app.errors import ConfigError, HoldExpired, StoreUnavailable
 from stream_app.settings import (
     KafkaSettings,

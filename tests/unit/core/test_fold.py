@@ -23,7 +23,8 @@ from stream_app.core.fold import (
     transition_id,
 )
 from stream_app.core.profile import Profile, weights_at
-from stream_app.core.segment import Segment, SegmentSet
+from stream_app.core.segment import Segment
+from stream_app.core.segment_set import SegmentSet
 
 H = 1_000_000
 """The half-life in milliseconds."""

@@ -8,7 +8,8 @@ from stream_app.core.decay import Weights
 from stream_app.core.event import Event, Record
 from stream_app.core.fold import Fold
 from stream_app.core.profile import Profile
-from stream_app.core.segment import Segment, SegmentSet
+from stream_app.core.segment import Segment
+from stream_app.core.segment_set import SegmentSet
 from stream_app.core.step import StepResult, fold_slice
 
 WEIGHTS = Weights(half_life_s=1_000)
@@ -120,5 +121,7 @@ def test_a_profile_redefined_by_a_duplicate_has_changed() -> None:
 
 def test_a_profile_of_unknown_definitions_stops_the_slice() -> None:
     stranger = {"u1": Profile("u1", 0, definitions="feedfeedfeedfeed")}
-    with pytest.raises(ValueError, match=r"expected a stream time and a profile .* got 5 and 'feedfeedfeedfeed'"):
+    with pytest.raises(
+        ValueError, match=r"expected a stream time and a profile .* got 5 and 'feedfeedfeedfeed'"
+    ):
         folded([record(0, 100, 0)], stranger, 5)
