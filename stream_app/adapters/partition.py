@@ -194,18 +194,6 @@ class PartitionTask:
         """Whether some profiles may not yet have been evaluated under the present definitions."""
         return self._owned is not None and bool(self._owned.old)
 
-    @property
-    def is_settled(self) -> bool:
-        """Whether nothing is left to do until another record, or another instant, comes."""
-        owned = self._owned
-        return (
-            owned is not None
-            and not self._queue
-            and not owned.old
-            and owned.outbox_is_empty
-            and not self._due_by_stream_time(owned)
-        )
-
     def wants(self) -> bool:
         """Say whether more slices may be fetched."""
         return self._owned is not None and not self._draining and len(self._queue) < QUEUED_SLICES
@@ -292,7 +280,6 @@ class PartitionTask:
             await self._accept_gap(owned, ends)
         self._queue.clear()
         await shell.log.rewind(p, owned.watermark)
-        self._report_processed(owned)
         self._owned = owned
         self._claimed_s = shell.monotonic_s()
         self.held_by = None
@@ -550,8 +537,7 @@ class PartitionTask:
             wait_ms = min(wait_ms, due_ms + GRACE_MS - self._shell.now_ms())
         if due_ms is None or wait_ms > 0:
             if not await self._sleep(wait_ms / 1000.0) and wait_ms == MOST_IDLE_MS:
-                # The owner check, with nothing to drop: a Redis emptied under an idle worker is noticed.
-                await self._trim(owned)
+                await self._look_around(owned)
             return
         # The log is asked after the instant: what is appended from now on carries a later Kafka timestamp.
         ends = await self._shell.probe.ends(self.partition)
@@ -561,6 +547,18 @@ class PartitionTask:
             await self._fire(owned, until_ms, replayed=owned.watermark < owned.replayed_below)
         else:
             await self._sleep(ASK_AGAIN_S)
+
+    async def _look_around(self, owned: _Owned) -> None:
+        """Notice, with nothing to do, what nobody tells.
+
+        A Redis that was emptied fails the owner check of a trim that has nothing to drop. A slice that was
+        lost on the way here, with none behind it, shows as a position past the watermark.
+        """
+        await self._trim(owned)
+        position = await self._shell.log.position(self.partition)
+        if position is not None and position != owned.watermark and not self._queue:
+            await self._check_range(owned)
+            await self._shell.log.rewind(self.partition, owned.watermark)
 
     # Making a step durable and known.
 

@@ -10,6 +10,9 @@ decided by the watermark in Redis. What is overridden, and why:
 ``Consumer._add_gap``, ``Consumer._new_offset``, ``Consumer._filter_tps_with_pending_acks``
     Faust reads the offsets inside a slice as gaps, and acknowledges by itself a message that it skips in a
     rebalance. What is committed to Kafka is what `Log.processed` was told, and nothing else.
+``Consumer._read_offset``
+    Faust drops messages below the last that it has read, and notes that after handing it on: what was rewound
+    meanwhile would be dropped in silence. A partition sees for itself what it has folded.
 ``Consumer.seek_to_committed``
     Seeks nowhere: a partition seeks to its own watermark when it has claimed it.
 ``Consumer.on_partitions_assigned``, ``Consumer.on_partitions_revoked``
@@ -209,6 +212,14 @@ class SliceConsumerThread(faust_aiokafka.AIOKafkaConsumerThread):
         if tp in consumer.assignment():
             consumer.seek(tp, offset)
 
+    async def position_here(self, tp: TopicPartition) -> int | None:
+        """Tell the next offset to be fetched, without waiting for one."""
+        subscription = self._ensure_consumer()._fetcher._subscriptions.subscription
+        if subscription is None or subscription.assignment is None or tp not in subscription.assignment.tps:
+            return None
+        state = subscription.assignment.state_value(tp)
+        return state.position if state.has_valid_position else None
+
     async def generation_is_current_here(self) -> bool:
         """Ask the group coordinator whether this member's generation is the group's."""
         coordinator = self._ensure_consumer()._coordinator
@@ -225,6 +236,16 @@ class SliceConsumerThread(faust_aiokafka.AIOKafkaConsumerThread):
         return not coordinator._coordination_task.done() and coordinator.coordinator_id is not None
 
 
+class _NothingRead(dict[TP, int | None]):
+    """Stands for what Faust has read of a partition: nothing, ever."""
+
+    def __getitem__(self, tp: TP) -> int | None:
+        return None
+
+    def __setitem__(self, tp: TP, offset: int | None) -> None:
+        return None
+
+
 class SliceConsumer(faust_aiokafka.Consumer):
     """Faust's consumer, with slices as its messages and our own account of what is processed."""
 
@@ -234,6 +255,7 @@ class SliceConsumer(faust_aiokafka.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.partitions = self.app.partitions
+        self._read_offset = _NothingRead()
         #: Next offset to commit to Kafka, by topic and partition.
         self.processed: dict[TP, int] = {}
 
@@ -348,11 +370,13 @@ class Log:
 
     async def rewind(self, partition: int, offset: int) -> None:
         """Fetch a partition from `offset` on."""
-        tp = TP(self._topic, partition)
-        consumer = self._consumer
-        await consumer.in_thread(consumer._thread.seek_here(TopicPartition(*tp), offset))
-        # Faust drops messages below what it has read.
-        consumer._read_offset[tp] = None
+        tp = TopicPartition(self._topic, partition)
+        await self._consumer.in_thread(self._consumer._thread.seek_here(tp, offset))
+
+    async def position(self, partition: int) -> int | None:
+        """Return the next offset to be fetched, ``None`` if there is none yet."""
+        tp = TopicPartition(self._topic, partition)
+        return await self._ask(self._consumer._thread.position_here(tp))
 
     async def generation_is_current(self) -> bool:
         """Make sure with Kafka that this member still belongs to the group as it is now."""

@@ -261,6 +261,23 @@ async def test_what_is_acknowledged_but_not_reported_as_processed_is_not_committ
     assert await running.log.committed(0) == 1_234
 
 
+async def test_what_is_rewound_is_delivered_again_whatever_faust_has_read(run: Callable[..., Any]) -> None:
+    running = await run(3_000)
+    await until(lambda: running.partitions.slices and running.partitions.next_offset() == 3_000)
+    assert await running.log.position(0) == 3_000
+    running.partitions.slices.clear()
+    await running.log.rewind(0, 1_000)
+    await until(lambda: running.partitions.slices and running.partitions.next_offset() == 3_000)
+    assert running.partitions.slices[0].from_offset == 1_000
+    assert sum(len(part.records) for part in running.partitions.slices) == 2_000
+
+
+def test_faust_asks_for_what_it_has_read_before_it_hands_a_message_on() -> None:
+    source = inspect.getsource(Consumer._drain_messages)
+    assert "get_read_offset = self._read_offset.__getitem__" in source
+    assert "if r_offset is None or offset >= r_offset:" in source
+
+
 async def test_the_buffer_is_bounded_in_slices(run: Callable[..., Any]) -> None:
     running = await run(60_000, most_slices=3)
     await until(lambda: len(running.partitions.slices) >= 3)
