@@ -7,6 +7,7 @@ are published for the second time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -19,6 +20,8 @@ from stream_app.errors import StoreUnavailable
 __all__ = ["forget_everything"]
 
 PAGE_KEYS: Final = 1000
+#: A glob's star takes braces and colons in, and user ids may hold both.
+WATERMARK_KEY: Final = re.compile(r"sa:\{\d+\}:wm")
 
 
 async def forget_everything(
@@ -48,7 +51,8 @@ async def forget_everything(
     try:
         marked = {keys(p).wm for p in range(partitions)}
         async for key in redis.scan_iter(match="sa:{*}:wm", count=PAGE_KEYS):
-            marked.add(key.decode())
+            if WATERMARK_KEY.fullmatch(key.decode()):
+                marked.add(key.decode())
         for wm in sorted(marked):
             await redis.hset(wm, "rebuilding", 1)
         total, looked_at, deleted, cursor = int(await redis.dbsize()), 0, 0, 0
