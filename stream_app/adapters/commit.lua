@@ -12,7 +12,8 @@
 --   1 owner           2 epoch         3 expected commit number (the one before this)
 --   4 kind            'commit', or 'trim': only drop the published outbox
 --   5 watermark       6 stream_time_ms   7 definitions mark       each '' for "as it is"
---   8 profiles        9 member keys  10 member changes  11 outbox entries    counts
+--   8 replayed_below  '' for "as it is"
+--   9 profiles       10 member keys  11 member changes  12 outbox entries    counts
 --   then per profile: user_id, blob, expiry (Unix ms, '' for none), due ('' for "as it is", '-' for none, else Unix ms)
 --   then per member change: index of its key, user_id, exits_at ('-' to remove)
 --   then the outbox entries
@@ -41,9 +42,9 @@ end
 redis.call('DEL', KEYS[3])
 
 if ARGV[4] == 'commit' then
-  local n_profiles, n_keys = tonumber(ARGV[8]), tonumber(ARGV[9])
-  local n_changes, n_outbox = tonumber(ARGV[10]), tonumber(ARGV[11])
-  local a = 12
+  local n_profiles, n_keys = tonumber(ARGV[9]), tonumber(ARGV[10])
+  local n_changes, n_outbox = tonumber(ARGV[11]), tonumber(ARGV[12])
+  local a = 13
   for i = 1, n_profiles do
     local user, blob, expiry, due = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3]
     if expiry == '' then
@@ -80,6 +81,9 @@ if ARGV[4] == 'commit' then
         redis.call('HDEL', KEYS[4], id)
       end
     end
+  end
+  if ARGV[8] ~= '' then
+    redis.call('HSET', KEYS[1], 'replayed_below', ARGV[8])
   end
   if ARGV[6] ~= '' then
     redis.call('HSET', KEYS[1], 'stream_time_ms', ARGV[6])

@@ -254,6 +254,9 @@ class PartitionTask:
         if self._memory.processed_below:
             processed_below = max(processed_below or 0, self._memory.processed_below)
         ends = await shell.probe.ends(p)
+        if processed_below is not None and processed_below > ends.end:
+            # Of a log that is gone; of this one nobody knows what was processed.
+            processed_below = None
         segments = shell.fold.segments
         claim = await shell.store.claim(
             p,
@@ -317,7 +320,12 @@ class PartitionTask:
         logger.warning(
             "partition %d: gap accepted, watermark %d -> %d", self.partition, owned.watermark, ends.start
         )
-        await self._commit(owned, Commit(watermark=ends.start), [])
+        step = Commit(watermark=ends.start)
+        if owned.watermark > ends.end:
+            # What was processed was the log that is gone.
+            owned.replayed_below = step.replayed_below = 0
+            self._memory.processed_below = 0
+        await self._commit(owned, step, [])
 
     async def _publish_outbox(self, owned: _Owned) -> None:
         async for page in self._shell.store.outbox(self.partition):

@@ -159,7 +159,7 @@ class Commit:
         Instant from which Redis may drop the profile; absent: never.
     outbox : list of bytes
         Messages to publish after the commit.
-    watermark, stream_time_ms, definitions
+    watermark, stream_time_ms, definitions, replayed_below
         New values of ``wm``; ``None`` leaves what is there.
     """
 
@@ -170,6 +170,7 @@ class Commit:
     watermark: int | None = None
     stream_time_ms: int | None = None
     definitions: str | None = None
+    replayed_below: int | None = None
 
 
 def connect(url: str, *, timeout_s: float = 5.0) -> aioredis.Redis:
@@ -364,6 +365,7 @@ class ProfileStore:
             "" if commit.watermark is None else commit.watermark,
             "" if commit.stream_time_ms is None else commit.stream_time_ms,
             commit.definitions or "",
+            "" if commit.replayed_below is None else commit.replayed_below,
             len(commit.profiles),
             len(member_index),
             len(changes) // 3,
@@ -374,7 +376,7 @@ class ProfileStore:
     async def trim(self, partition: int, epoch: int, number: int) -> int | None:
         """Drop the outbox of commit `number`, which is published; checks and errors of `commit`."""
         names = keys(partition)
-        args: list[bytes | str | int] = [self._owner, epoch, number, "trim", "", "", "", 0, 0, 0, 0]
+        args: list[bytes | str | int] = [self._owner, epoch, number, "trim", "", "", "", "", 0, 0, 0, 0]
         return await self._run(
             partition, [names.wm, names.due, names.outbox, names.definitions], args, number
         )

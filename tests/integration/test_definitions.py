@@ -158,8 +158,8 @@ def stage(
     programs: Programs,
     tmp_path: Path,
 ) -> Stage:
-    # Half of it is what a join takes on the embedded broker; Apache Kafka accepts no less than 6 s.
-    timeout_s = "3" if kafka_kind == "embedded" else "6"
+    # The embedded broker makes a joining worker wait for it; Apache Kafka accepts no less than 6 s.
+    timeout_s = "2" if kafka_kind == "embedded" else "6"
     made = Stage(programs, names, kafka_bootstrap, fresh_redis, tmp_path, timeout_s)
     made.run("topics", "--partitions", str(PARTITIONS))
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from stream_app.core.segment import Segment
 from stream_app.core.segment_set import SegmentSet
 from stream_app.embedded import Server
 from stream_app.embedded.servers import free_port
-from tests.backends import Kind, Names, create_topic, redis_url_of
+from tests.backends import Kind, Names, create_topic, read_to_end, redis_url_of
 from tests.processes import Programs
 
 APP_TOML = """
@@ -72,6 +73,22 @@ class Stage:
         """Run a command to its end."""
         return self.programs.run(*arguments, *self.options(), environment=self.environment, status=status)
 
+    def create_topics(self) -> None:
+        """Create all four topics with one partition each, the events' as `stream-app topics` does."""
+        names = self.names
+        stamped = {"message.timestamp.type": "LogAppendTime"}
+
+        async def create() -> None:
+            await create_topic(self.kafka, names.events, config=stamped)
+            for name in (names.entered, names.exited, names.dead_letter):
+                await create_topic(self.kafka, name)
+
+        asyncio.run(create())
+
+    @property
+    def kafka(self) -> str:
+        return self.environment["STREAM_APP__KAFKA__BOOTSTRAP_SERVERS"]
+
     def refused(self, *arguments: str, status: int = 1) -> str:
         """Start a worker that must not start; return the sentence that it ends with."""
         log = self.run("worker", *arguments, status=status)
@@ -89,8 +106,8 @@ def stage(kafka_bootstrap: str, kafka_kind: Kind, names: Names, programs: Progra
     environment = {
         **names.environment(),
         "STREAM_APP__KAFKA__BOOTSTRAP_SERVERS": kafka_bootstrap,
-        # Half of it is what a join takes on the embedded broker; Apache Kafka accepts no less than 6 s.
-        "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": "3" if kafka_kind == "embedded" else "6",
+        # The embedded broker makes a joining worker wait for it; Apache Kafka accepts no less than 6 s.
+        "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": "2" if kafka_kind == "embedded" else "6",
         "STREAM_APP__REDIS__URL": f"redis://127.0.0.1:{free_port()}/0",
     }
     return Stage(programs, names, tmp_path, environment)
@@ -100,7 +117,7 @@ def stage(kafka_bootstrap: str, kafka_kind: Kind, names: Names, programs: Progra
 def settled(stage: Stage, fresh_redis: str) -> Stage:
     """Ten events of one partition, folded by a worker that has ended."""
     found = stage.having(redis__url=fresh_redis)
-    found.run("topics", "--partitions", "1")
+    found.create_topics()
     send_events(found, 0, 10)
     found.run("worker", "--until-end")
     assert state(fresh_redis)["wm"]["watermark"] == "10"
@@ -190,7 +207,7 @@ def test_a_redis_that_does_not_tell_is_refused_unless_unchecked(
 ) -> None:
     server = redis_server("--user", "app", "on", f">{PASSWORD}", "~sa:*", "&*", "+@all", "-info")
     there = stage.having(redis__url=f"redis://app:{PASSWORD}@{server.address}/0")
-    there.run("topics", "--partitions", "1")
+    there.create_topics()
     with unchanged(redis_url_of(server)):
         sentence = there.refused("--until-end")
     assert f"Redis at redis://***@{server.address}/0, INFO" in sentence
@@ -236,7 +253,7 @@ def topics_of(stage: Stage) -> set[str]:
     """Which of the test's topics exist."""
 
     async def ask() -> set[str]:
-        async with KafkaAdmin(stage.environment["STREAM_APP__KAFKA__BOOTSTRAP_SERVERS"]) as admin:
+        async with KafkaAdmin(stage.kafka) as admin:
             return set(await admin.partition_counts())
 
     names = stage.names
@@ -257,22 +274,13 @@ def test_a_missing_topic_is_refused_and_not_created(
     assert topics_of(stage) == {getattr(stage.names, name) for name in made}
 
 
-def test_a_broker_that_is_not_there_is_refused(stage: Stage, fresh_redis: str) -> None:
-    address = f"127.0.0.1:{free_port()}"
-    there = stage.having(redis__url=fresh_redis, kafka__bootstrap_servers=address)
-    with unchanged(fresh_redis):
-        sentence = there.refused()
-    assert f"Kafka at {address}" in sentence
-    assert "Check kafka.bootstrap_servers" in sentence
-
-
 def test_the_wall_clock_is_refused_on_a_topic_with_producers_times_unless_they_are_trusted(
     stage: Stage, fresh_redis: str
 ) -> None:
     wall = stage.having(redis__url=fresh_redis, worker__clock="wall")
     asyncio.run(
         create_topic(
-            stage.environment["STREAM_APP__KAFKA__BOOTSTRAP_SERVERS"],
+            stage.kafka,
             stage.names.events,
             config={"message.timestamp.type": "CreateTime"},
         )
@@ -297,7 +305,7 @@ def test_records_with_producers_times_stop_the_wall_clock_whatever_the_topic_say
     if kafka_kind != "embedded":
         pytest.skip("Apache Kafka does as its topic says")
     wall = stage.having(redis__url=fresh_redis, worker__clock="wall")
-    wall.run("topics", "--partitions", "1")
+    wall.create_topics()
     send_events(wall, 0, 3)
     sentence = wall.refused("--until-end")
     assert "LogAppendTime" in sentence
@@ -313,8 +321,7 @@ def test_records_with_producers_times_stop_the_wall_clock_whatever_the_topic_say
 
 async def claim_for_another(stage: Stage, url: str, **differs: object) -> None:
     """Write the watermark that a worker with these differences would have left behind."""
-    kafka = stage.environment["STREAM_APP__KAFKA__BOOTSTRAP_SERVERS"]
-    async with KafkaAdmin(kafka) as admin:
+    async with KafkaAdmin(stage.kafka) as admin:
         cluster = (await admin.cluster()).cluster_id
     assert cluster is not None
     mine = Identity(cluster, stage.names.events, 1, stage.names.group, "event", WEIGHTS.fingerprint())
@@ -336,19 +343,18 @@ async def claim_for_another(stage: Stage, url: str, **differs: object) -> None:
 @pytest.mark.parametrize(
     ("differs", "said"),
     [
-        ({"cluster_id": "another-cluster"}, "got state of cluster id another-cluster"),
         ({"topic": "another-topic"}, "got state of topic another-topic"),
         ({"partitions": 2}, "expected state of partitions 1, got state of partitions 2"),
         ({"group": "another-group"}, "got state of group another-group"),
         ({"clock": "wall"}, "expected state of clock event, got state of clock wall"),
     ],
-    ids=["cluster", "topic", "partitions", "group", "clock"],
+    ids=["topic", "partitions", "group", "clock"],
 )
 def test_state_of_another_log_is_refused(
     stage: Stage, fresh_redis: str, differs: Mapping[str, object], said: str
 ) -> None:
     there = stage.having(redis__url=fresh_redis)
-    there.run("topics", "--partitions", "1")
+    there.create_topics()
     asyncio.run(claim_for_another(there, fresh_redis, **differs))
     with unchanged(fresh_redis):
         sentence = there.refused("--until-end")
@@ -359,7 +365,7 @@ def test_state_of_another_log_is_refused(
 
 def test_state_of_the_same_log_is_taken_over(stage: Stage, fresh_redis: str) -> None:
     there = stage.having(redis__url=fresh_redis)
-    there.run("topics", "--partitions", "1")
+    there.create_topics()
     asyncio.run(claim_for_another(there, fresh_redis))
     there.run("worker", "--until-end")
     assert state(fresh_redis)["wm"]["epoch"] == "2"
@@ -369,7 +375,7 @@ def test_a_broker_that_was_started_anew_under_a_lasting_redis_is_refused(
     settled: Stage, fresh_redis: str, kafka_server: Callable[..., Server]
 ) -> None:
     anew = settled.having(kafka__bootstrap_servers=kafka_server().address)
-    anew.run("topics", "--partitions", "1")
+    anew.create_topics()
     with unchanged(fresh_redis):
         sentence = anew.refused("--until-end")
     assert "expected state of cluster id" in sentence
@@ -381,15 +387,14 @@ def test_a_broker_that_was_started_anew_under_a_lasting_redis_is_refused(
         {"weights__half_life_s": "7200.0"},
         {"weights__history_floor": "0.002"},
         {"weights__event_types__buy__action_weight": "3.0"},
-        {"weights__event_types__view__half_life_s": "60.0"},
     ],
-    ids=["half-life", "floor", "action weight", "half-life of a type"],
+    ids=["half-life", "floor", "action weight"],
 )
 def test_sums_under_other_weights_are_refused_until_they_are_rebuilt(
     stage: Stage, fresh_redis: str, setting: Mapping[str, str]
 ) -> None:
     there = stage.having(redis__url=fresh_redis)
-    there.run("topics", "--partitions", "1")
+    there.create_topics()
     asyncio.run(claim_for_another(there, fresh_redis))
     with unchanged(fresh_redis):
         sentence = there.having(**setting).refused("--until-end")
@@ -397,10 +402,13 @@ def test_sums_under_other_weights_are_refused_until_they_are_rebuilt(
     assert "restore the old [weights], or run `stream-app rebuild`" in sentence
 
 
-def test_state_that_is_being_rebuilt_is_refused(settled: Stage, fresh_redis: str) -> None:
+def test_state_that_is_being_rebuilt_is_refused(stage: Stage, fresh_redis: str) -> None:
+    there = stage.having(redis__url=fresh_redis)
+    there.create_topics()
+    asyncio.run(claim_for_another(there, fresh_redis))
     set_watermark(fresh_redis, rebuilding=1)
     with unchanged(fresh_redis):
-        sentence = settled.refused("--until-end")
+        sentence = there.refused("--until-end")
     assert "a rebuild that was broken off" in sentence
     assert "Run `stream-app rebuild` again" in sentence
 
@@ -408,26 +416,48 @@ def test_state_that_is_being_rebuilt_is_refused(settled: Stage, fresh_redis: str
 # --- a log that does not go on where the watermark stands --------------------------------------------------
 
 
+def create_events_anew(stage: Stage) -> None:
+    """Delete the events topic and create it again, empty."""
+
+    async def anew() -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=stage.kafka)
+        await admin.start()
+        try:
+            await admin.delete_topics([stage.names.events])
+            deadline = time.monotonic() + 20
+            while stage.names.events in await admin.list_topics():
+                assert time.monotonic() < deadline, "the topic is still there"
+                await asyncio.sleep(0.05)
+        finally:
+            await admin.close()
+        await create_topic(stage.kafka, stage.names.events)
+
+    asyncio.run(anew())
+
+
 def test_a_log_that_was_created_anew_is_refused_unless_the_gap_is_accepted(
-    settled: Stage, fresh_redis: str, kafka_bootstrap: str
+    settled: Stage, fresh_redis: str
 ) -> None:
-    """What a topic that was deleted and created again looks like: shorter than the watermark says."""
-    set_watermark(fresh_redis, watermark=500)
+    # As a rebuild leaves it: what lies below was said once. It is not about the log that follows.
+    set_watermark(fresh_redis, replayed_below=10)
+    create_events_anew(settled)
+    send_events(settled, 600, 3)
     before = state(fresh_redis)
     sentence = settled.refused("--until-end")
-    assert "expected a watermark within the log, offsets 0 to 10, got watermark 500" in sentence
+    assert "expected a watermark within the log, offsets 0 to 3, got watermark 10" in sentence
     assert f"topic {settled.names.events}, partition 0" in sentence
     assert "run `stream-app rebuild`, or start with --accept-gap" in sentence
     after = state(fresh_redis)
-    assert (after["wm"]["watermark"], after["users"], after["members"]) == (
-        "500",
-        before["users"],
-        before["members"],
-    )
+    assert after["wm"]["watermark"] == "10"
+    assert (after["users"], after["members"]) == (before["users"], before["members"])
 
     settled.run("worker", "--until-end", "--accept-gap")
     after = state(fresh_redis)
-    assert (after["wm"]["watermark"], after["users"]) == ("10", before["users"])
+    assert (after["wm"]["watermark"], after["users"]) == ("3", before["users"])
+    names = settled.names
+    said = asyncio.run(read_to_end(settled.kafka, names.entered, names.exited))
+    causes = [(m["cause"], m["seq"], m["replayed"]) for m in (json.loads(record.value) for record in said)]
+    assert causes == [("event", 1, False), ("event", 3, False), ("decay", 2, False)]
 
 
 def delete_records(bootstrap: str, topic: str, before_offset: int) -> None:

@@ -40,7 +40,7 @@ USERS = 40
 #: in the log `GRACE_MS` later. A busy machine may need longer, so nothing is sent this shortly before an exit
 #: of the same user. With LogAppendTime nothing is kept off.
 KEPT_OFF_MS = 500
-BUY_HALF_LIFE_S = 2.0
+BUY_HALF_LIFE_S = 1.5
 WEIGHTS: dict[str, Any] = {
     "half_life_s": 1.0,
     "history_floor": 0.05,
@@ -333,7 +333,7 @@ def test_a_worker_stopped_for_seconds_expires_nobody_whose_events_wait_in_the_lo
 ) -> None:
     stay, leave = [f"stay-{n}" for n in range(12)], [f"leave-{n}" for n in range(12)]
     worker = started(stage, kafka__session_timeout_s=10)
-    stage.send(burst("first", stay + leave, count=2))  # they weigh 4: gone two half-lives later
+    stage.send(burst("first", stay + leave, count=4))  # they weigh 8: gone three half-lives later
     exits = all_entered(stage, worker, stay + leave)
     os.kill(worker.pid, signal.SIGSTOP)
     try:
@@ -355,7 +355,7 @@ def test_an_exit_still_comes_when_redis_is_flushed_before_it_is_due(
 ) -> None:
     users = [f"u{n}" for n in range(12)]
     worker = started(stage)
-    stage.send(burst("first", users))
+    stage.send(burst("first", users, count=4))
     exits = all_entered(stage, worker, users)
     flush(stage)
     ends = stage.log_ends()
