@@ -26,6 +26,7 @@ help: ## say what there is (this text)
 venv: $(STAMP) ## install the package and its locked dependencies into .venv
 
 $(STAMP): pyproject.toml $(LOCK)
+	@echo "Installing into .venv, about a minute the first time ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import signal
+import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,7 +36,7 @@ from stream_app.adapters.tasks import end_tasks
 from stream_app.adapters.transport import Log, SliceApp, build_faust_app
 from stream_app.adapters.until_end import wait_until_end
 from stream_app.core.fold import Fold
-from stream_app.errors import ConfigError, StartRefused, StoreUnavailable
+from stream_app.errors import ConfigError, StartRefused, StoreUnavailable, StreamAppError
 from stream_app.settings import Settings, faust_environment_problems
 
 __all__ = ["Worker", "build_app", "run_worker"]
@@ -42,6 +44,8 @@ __all__ = ["Worker", "build_app", "run_worker"]
 logger = logging.getLogger(__name__)
 
 OWNER_BYTES: Final = 8
+#: How long each part may take to stop after the drain.
+STOP_S: Final = 5.0
 
 
 def now_ms() -> int:
@@ -151,23 +155,52 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
     problems = faust_environment_problems()
     if problems:
         raise ConfigError(problems)
-    asyncio.run(_run(settings, until_end=until_end, accept_gap=accept_gap, unchecked=unchecked))
+    left_behind: list[str] = []
+    runner = asyncio.Runner()
+    failure: StreamAppError | None = None
+    try:
+        runner.run(
+            _run(settings, left_behind, until_end=until_end, accept_gap=accept_gap, unchecked=unchecked)
+        )
+    except StreamAppError as exc:
+        failure = exc
+    if left_behind:
+        # What hangs on a dead broker, and its threads, would keep the process for ever.
+        logger.warning("did not stop in time and are left behind: %s", ", ".join(left_behind))
+        if failure is not None:
+            print(failure, file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(0 if failure is None else 1)
+    runner.close()
+    if failure is not None:
+        raise failure
 
 
-async def _run(settings: Settings, *, until_end: bool, accept_gap: bool, unchecked: bool) -> None:
+async def _run(
+    settings: Settings, left_behind: list[str], *, until_end: bool, accept_gap: bool, unchecked: bool
+) -> None:
     """Start, wait for a reason to stop, stop.
 
     1. Look at the surroundings and refuse what does not fit.
     2. Start what the partitions need, then Faust, which joins the group.
     3. Wait for a signal, a failure, or the end of the log.
-    4. Drain: finish the steps in hand, tell Kafka how far they got, leave the group.
+    4. Drain: finish the steps in hand, tell Kafka how far they got.
+    5. Stop everything, each part within `STOP_S`; what hangs is named in `left_behind`.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    client = connect(settings.redis.url)
     async with contextlib.AsyncExitStack() as stack:
-        stack.push_async_callback(client.aclose)
+
+        def at_the_end(name: str, part: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+            async def end() -> None:
+                if not await _ends_within(part(), STOP_S):
+                    left_behind.append(name)
+
+            stack.push_async_callback(end)
+
+        client = connect(settings.redis.url)
+        at_the_end("Redis client", client.aclose)
         refuse(await check_redis(client, settings.redis.redacted_url), unchecked=unchecked)
         async with KafkaAdmin(settings.kafka.bootstrap_servers) as admin:
             findings, facts = await check_kafka(admin, settings)
@@ -176,36 +209,59 @@ async def _run(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
         worker = build_app(settings, facts, client, accept_gap=accept_gap)
         worker.assignment.equip(worker.shell)
         await worker.probe.start()
-        stack.push_async_callback(worker.probe.stop)
+        at_the_end("log probe", worker.probe.stop)
         await worker.publisher.start()
-        stack.push_async_callback(worker.publisher.stop)
+        at_the_end("publisher", worker.publisher.stop)
         ends = await worker.probe.all_ends(facts.partitions) if until_end else {}
         if settings.worker.http_port:
             runner = await serve_http(worker.health, settings.worker.http_host, settings.worker.http_port)
-            stack.push_async_callback(runner.cleanup)
+            at_the_end("probes", runner.cleanup)
 
-        try:
-            await worker.app.start()
-        except KafkaError as exc:
-            raise StoreUnavailable("Kafka, consumer group", f"{type(exc).__name__}: {exc}") from exc
-        background = {
-            "health": asyncio.create_task(worker.health.watch()),
-            "definitions": asyncio.create_task(sweep_definitions(worker.assignment, worker.store)),
-        }
+        at_the_end("Faust", worker.app.stop)
         reasons: dict[str, asyncio.Task[Any]] = {
             "signal": asyncio.create_task(stop.wait()),
             "failure": asyncio.create_task(worker.assignment.failed()),
             "faust": asyncio.create_task(worker.log.crashed()),
-            **background,
+            "start": asyncio.create_task(_join(worker, settings.worker.hold_deadline_s)),
         }
-        if until_end:
-            reasons["end"] = asyncio.create_task(wait_until_end(worker.shell, ends))
         try:
             done, _ = await asyncio.wait(reasons.values(), return_when=asyncio.FIRST_COMPLETED)
+            if reasons["start"] in done and reasons["start"].exception() is None:
+                del reasons["start"]
+                reasons["health"] = asyncio.create_task(worker.health.watch())
+                reasons["definitions"] = asyncio.create_task(
+                    sweep_definitions(worker.assignment, worker.store)
+                )
+                if until_end:
+                    reasons["end"] = asyncio.create_task(wait_until_end(worker.shell, ends))
+                done, _ = await asyncio.wait(reasons.values(), return_when=asyncio.FIRST_COMPLETED)
             failure = _failure(reasons, done)
-            await _stop(worker, settings.worker.drain_deadline_s, failure)
+            if failure is None:
+                failure = await _drain(worker, settings.worker.drain_deadline_s)
+            logger.info("%s", worker.shell.metrics.summary())
         finally:
-            await end_tasks(reasons.values())
+            at_the_end("background tasks", lambda: end_tasks(reasons.values()))
+            at_the_end("partitions", worker.assignment.stop)
+        if failure is not None:
+            raise failure
+
+
+async def _join(worker: Worker, deadline_s: float) -> None:
+    """Start Faust, which returns when the group has given this worker its partitions.
+
+    Raises
+    ------
+    StoreUnavailable
+        If that takes longer than a partition may be held.
+    """
+    starting = asyncio.ensure_future(worker.app.start())
+    done, _ = await asyncio.wait({starting}, timeout=deadline_s)
+    group = f"Kafka, group {worker.shell.identity.group}"
+    if not done:
+        raise StoreUnavailable(group, f"no assignment within {deadline_s:g} s (worker.hold_deadline_s)")
+    exc = starting.exception()
+    if exc is not None:
+        raise StoreUnavailable(group, f"{type(exc).__name__}: {exc}") from exc
 
 
 def _failure(reasons: dict[str, asyncio.Task[Any]], done: set[asyncio.Task[Any]]) -> BaseException | None:
@@ -224,38 +280,32 @@ def _failure(reasons: dict[str, asyncio.Task[Any]], done: set[asyncio.Task[Any]]
     return None
 
 
-async def _stop(worker: Worker, deadline_s: float, failure: BaseException | None) -> None:
-    """Drain within the deadline unless something failed, then take everything down.
+async def _drain(worker: Worker, deadline_s: float) -> StreamAppError | None:
+    """Finish the steps in hand and tell Kafka, within the deadline; return what kept that from being done."""
 
-    Raises
-    ------
-    StreamAppError
-        What failed, or that the deadline passed.
-    """
-    try:
-        async with asyncio.timeout(deadline_s):
-            if failure is None:
-                await worker.assignment.drain()
-                failure = next((task.held_by for task in worker.assignment if task.held_by), None)
-                await worker.log.commit()
-    except TimeoutError:
-        held = "; ".join(str(task.held_by) for task in worker.assignment if task.held_by) or "work in hand"
-        failure = StartRefused(
+    async def drain() -> None:
+        await worker.assignment.drain()
+        await worker.log.commit()
+
+    if not await _ends_within(drain(), deadline_s):
+        held = "; ".join(str(task.held_by) for task in worker.assignment if task.held_by)
+        return StartRefused(
             f"to finish the work in hand within {deadline_s:g} s (worker.drain_deadline_s)",
-            held,
+            held or "Redis or Kafka that did not answer",
             "worker, on stopping",
             "None for the state: nothing unfinished was acknowledged and the next worker goes on from the "
             "watermark.",
         )
-    await worker.assignment.stop()
-    await _bounded(worker.app.stop(), deadline_s)
-    if failure is not None:
-        raise failure
+    return next((task.held_by for task in worker.assignment if task.held_by), None)
 
 
-async def _bounded(work: Coroutine[Any, Any, Any], deadline_s: float) -> None:
-    """Run the framework's own shutdown, which may hang on a dead broker, for a limited time."""
-    try:
-        await asyncio.wait_for(work, deadline_s)
-    except TimeoutError:
-        logger.warning("Faust did not stop within %g s and is left behind", deadline_s)
+async def _ends_within(work: Coroutine[Any, Any, Any], deadline_s: float) -> bool:
+    """Run a shutdown for a limited time; tell whether it ended, well or not.
+
+    Not `asyncio.wait_for`, which waits for what it has cancelled, and Faust's services take no cancellation.
+    """
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait({task}, timeout=deadline_s)
+    if done and not task.cancelled() and task.exception() is not None:
+        logger.warning("while stopping: %s: %s", type(task.exception()).__name__, task.exception())
+    return bool(done)

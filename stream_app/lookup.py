@@ -119,7 +119,7 @@ class Lookup:
                     f"state of schema {SCHEMA_VERSION}",
                     stored.get("schema", "none"),
                     f"key {META_KEY}",
-                    "Point redis.url at the service's Redis; a worker writes the key when it starts.",
+                    "Start `stream-app worker`, which writes it, or point redis.url at the service's Redis.",
                 )
             self._meta = Meta(
                 topic=stored["topic"],

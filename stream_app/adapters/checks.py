@@ -20,6 +20,7 @@ from stream_app.settings import Settings
 __all__ = ["Finding", "KafkaFacts", "check_kafka", "check_redis", "refuse"]
 
 UNLIMITED = -1
+DEFAULT_SEGMENT_MS = 7 * 86_400_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class KafkaFacts:
     Attributes
     ----------
     retention_ms : int or None
-        How long the events topic keeps records; ``None``: without limit, or not told.
+        How long the events topic keeps records at most; ``None``: without limit, or not told.
     """
 
     cluster_id: str
@@ -146,7 +147,9 @@ async def check_kafka(admin: KafkaAdmin, settings: Settings) -> tuple[list[Findi
         findings.append(_timestamp_type(where, kafka.events_topic, config, settings))
         if "retention.ms" in config and config.get("cleanup.policy", "delete") == "delete":
             retention = int(config["retention.ms"])
-            retention_ms = None if retention == UNLIMITED else retention
+            # A segment is deleted as a whole, when its last record is old enough.
+            segment_ms = int(config.get("segment.ms", DEFAULT_SEGMENT_MS))
+            retention_ms = None if retention == UNLIMITED else retention + segment_ms
     if cluster.cluster_id is None:
         findings.append(
             Finding(

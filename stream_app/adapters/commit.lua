@@ -18,11 +18,11 @@
 --   then per member change: index of its key, user_id, exits_at ('-' to remove)
 --   then the outbox entries
 --
--- Checks, in this order: wm gone or older than mine -> {'LOST'}; another's -> {'FENCED', owner, epoch};
+-- Checks, in this order: wm gone, older than mine or being rebuilt -> {'LOST'}; another's -> {'FENCED', owner, epoch};
 -- commit number differs -> {'MISMATCH', stored}. Else {'OK', next due instant or ''}.
-local stored = redis.call('HMGET', KEYS[1], 'owner', 'epoch', 'commit')
+local stored = redis.call('HMGET', KEYS[1], 'owner', 'epoch', 'commit', 'rebuilding')
 local owner, epoch, commit = stored[1], stored[2], stored[3]
-if not epoch or tonumber(epoch) < tonumber(ARGV[2]) then
+if not epoch or tonumber(epoch) < tonumber(ARGV[2]) or stored[4] then
   return {'LOST'}
 end
 if owner ~= ARGV[1] or epoch ~= ARGV[2] then

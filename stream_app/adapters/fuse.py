@@ -40,7 +40,7 @@ class DeadLetterFuse:
         TooManyDeadLetters
             If the share is above the limit over the last 10,000 records or more.
         """
-        if self._max_share is None:
+        if self._max_share is None or not records:
             return
         self._steps.append((records, bad))
         self._records += records

@@ -20,8 +20,9 @@ from prometheus_client import generate_latest
 from stream_app.adapters.assignment import Assignment
 from stream_app.adapters.log_ends import LogProbe
 from stream_app.adapters.metrics import Metrics
+from stream_app.adapters.partition import PartitionTask
 from stream_app.adapters.transport import Log
-from stream_app.errors import StreamAppError
+from stream_app.errors import StartRefused, StreamAppError
 
 __all__ = ["Health", "serve_http"]
 
@@ -39,7 +40,7 @@ class Health:
     probe: LogProbe
     metrics: Metrics
     monotonic_s: Callable[[], float]
-    _progress: dict[int, tuple[int, float]] = field(default_factory=dict)
+    _progress: dict[int, tuple[tuple[int, int] | None, float]] = field(default_factory=dict)
     _coordinator_seen_s: float = 0.0
     _looked_s: float = 0.0
 
@@ -49,7 +50,8 @@ class Health:
         found = []
         if now_s - self._looked_s > PATIENCE_S:
             found.append(f"the event loop has not looked around for {now_s - self._looked_s:.0f} s")
-        if now_s - self._coordinator_seen_s > PATIENCE_S:
+        held = any(task.held_by is not None for task in self.assignment)
+        if now_s - self._coordinator_seen_s > PATIENCE_S and not held:
             found.append(f"no group coordinator for {now_s - self._coordinator_seen_s:.0f} s")
         for partition, (_, moved_s) in sorted(self._progress.items()):
             if now_s - moved_s > PATIENCE_S:
@@ -75,32 +77,33 @@ class Health:
         """Look at coordinator, lag and progress, until cancelled."""
         self._looked_s = self._coordinator_seen_s = self.monotonic_s()
         while True:
-            await self._look()
+            self._looked_s = self.monotonic_s()
+            if self.log.is_alive():
+                self._coordinator_seen_s = self._looked_s
+            tasks = list(self.assignment)
+            self.metrics.partitions.set(sum(task.is_serving for task in tasks))
+            for gone in self._progress.keys() - {task.partition for task in tasks}:
+                del self._progress[gone]
+                self.metrics.lag.remove(str(gone))
+            await asyncio.gather(*map(self._look_at, tasks))
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def _look(self) -> None:
-        now_s = self._looked_s = self.monotonic_s()
-        if self.log.is_alive():
-            self._coordinator_seen_s = now_s
-        tasks = list(self.assignment)
-        self.metrics.partitions.set(sum(task.is_serving for task in tasks))
-        for gone in self._progress.keys() - {task.partition for task in tasks}:
-            del self._progress[gone]
-        for task in tasks:
-            try:
-                end = (await asyncio.wait_for(self.probe.ends(task.partition), LOOK_EVERY_S)).end
-            except (StreamAppError, TimeoutError):
-                # Kafka does not tell; the coordinator's silence speaks for itself.
-                continue
-            watermark = task.watermark
-            if watermark is not None:
-                self.metrics.lag.labels(str(task.partition)).set(max(0, end - watermark))
-            if task.held_by is not None or (watermark is not None and watermark >= end):
-                self._progress.pop(task.partition, None)
-                continue
-            stood_at = -1 if watermark is None else watermark
-            if self._progress.get(task.partition, (None, 0.0))[0] != stood_at:
-                self._progress[task.partition] = (stood_at, now_s)
+    async def _look_at(self, task: PartitionTask) -> None:
+        """Take note of a partition's lag and of when it last moved."""
+        now_s, stood_at = self.monotonic_s(), task.progress
+        before, moved_s = self._progress.get(task.partition, (None, now_s))
+        try:
+            end = (await asyncio.wait_for(self.probe.ends(task.partition), LOOK_EVERY_S)).end
+        except (StreamAppError, TimeoutError):
+            # Kafka does not tell; the coordinator's silence speaks for itself.
+            end = None
+        if end is not None and stood_at is not None:
+            self.metrics.lag.labels(str(task.partition)).set(max(0, end - stood_at[0]))
+        nothing_to_do = end is None or (stood_at is not None and stood_at[0] >= end)
+        moves = stood_at != before or task.partition not in self._progress
+        if moves or nothing_to_do or task.held_by is not None:
+            moved_s = now_s
+        self._progress[task.partition] = (stood_at, moved_s)
 
 
 async def serve_http(health: Health, host: str, port: int) -> web.AppRunner:
@@ -127,5 +130,12 @@ async def serve_http(health: Health, host: str, port: int) -> web.AppRunner:
     )
     runner = web.AppRunner(application, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, host, port).start()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as exc:
+        await runner.cleanup()
+        raise StartRefused(
+            "an address that is free", str(exc), f"worker.http_host {host}, worker.http_port {port}",
+            "Choose another port, or 0 for none.",
+        ) from exc  # fmt: skip
     return runner

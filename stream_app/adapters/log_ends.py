@@ -111,7 +111,7 @@ class LogProbe:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     starts = await self._consumer.beginning_offsets(tps)
                     ends = await self._high_waters(starts, await self._consumer.end_offsets(tps))
-            except (KafkaError, TimeoutError) as exc:
+            except Exception as exc:
                 failure = StoreUnavailable("Kafka, ends of the log", f"{type(exc).__name__}: {exc}")
                 for future in waiting.values():
                     if not future.done():

@@ -54,3 +54,15 @@ class Metrics:
             ["partition"],
             registry=self.registry,
         )
+
+    def summary(self) -> str:
+        """Say in one line what this worker has done so far."""
+
+        def total(counter: Counter) -> int:
+            samples = [s for metric in counter.collect() for s in metric.samples if s.name.endswith("_total")]
+            return int(sum(sample.value for sample in samples))
+
+        return (
+            f"folded {total(self.events)} events, set {total(self.dead_letters)} records aside, "
+            f"said {total(self.transitions)} transitions"
+        )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -168,6 +168,7 @@ class PartitionTask:
         self._wake = asyncio.Event()
         self._draining = False
         self._fuse = DeadLetterFuse(partition, shell.max_dead_letter_share)
+        self._told: set[str] = set()
         self._held_since_s: float | None = None
         self._claimed_s = 0.0
         self._backoff_s = FIRST_BACKOFF_S
@@ -183,6 +184,11 @@ class PartitionTask:
     def watermark(self) -> int | None:
         """Next offset to fold, ``None`` while the partition is not claimed."""
         return self._owned.watermark if self._owned else None
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Watermark and commit number, one of which moves while there is work; ``None`` if not claimed."""
+        return (self._owned.watermark, self._owned.commit) if self._owned else None
 
     @property
     def epoch(self) -> int:
@@ -246,10 +252,14 @@ class PartitionTask:
         5. Rewind the log to the watermark.
         """
         shell, p = self._shell, self.partition
-        if not await shell.log.generation_is_current():
-            raise StoreUnavailable(
-                f"Kafka, group {shell.identity.group}", "the coordinator does not accept this member"
+        if p >= shell.identity.partitions:
+            raise StartRefused(
+                f"{shell.identity.partitions} partitions, as when the worker started",
+                f"partition {p}",
+                f"topic {shell.topic}",
+                "Users have moved to other partitions: stop all workers and run `stream-app rebuild`.",
             )
+        await self._check_generation()
         processed_below = await shell.log.committed(p)
         if self._memory.processed_below:
             processed_below = max(processed_below or 0, self._memory.processed_below)
@@ -292,6 +302,11 @@ class PartitionTask:
         )  # fmt: skip
         return owned
 
+    async def _check_generation(self) -> None:
+        if not await self._shell.log.generation_is_current():
+            where = f"Kafka, group {self._shell.identity.group}"
+            raise StoreUnavailable(where, "the coordinator does not answer or not accept this member")
+
     def _older_sets(self, claim: Claim) -> Mapping[str, SegmentSet]:
         fold = self._shell.fold
         if claim.watermark.definitions == fold.segments.fingerprint and len(claim.definitions) == 1:
@@ -313,8 +328,9 @@ class PartitionTask:
                     f"{ends.start - owned.watermark} records were deleted by retention before they were "
                     "folded: start with --accept-gap to go on without them."
                     if below
-                    else "The topic was created anew under a Redis that knows the old one: run `stream-app "
-                    "rebuild`, or start with --accept-gap to keep the profiles and fold the new log."
+                    else "The topic was created anew under a Redis that knows the old one, or the broker has "
+                    "lost records: run `stream-app rebuild`. Only after a new creation, --accept-gap keeps "
+                    "the profiles and folds the new log from its start."
                 ),
             )
         logger.warning(
@@ -412,6 +428,7 @@ class PartitionTask:
         self._check_timestamps(part)
         records: list[Record] = []
         outgoing: list[Outgoing] = []
+        reasons: Counter[str] = Counter()
         now_ms = shell.now_ms() if shell.check_producer_time else None
         for raw in part.records:
             event = shell.decoder.decode(
@@ -424,10 +441,10 @@ class PartitionTask:
                         key=raw.key, value=raw.value, invalid=event,
                     )
                 )  # fmt: skip
-                shell.metrics.dead_letters.labels(event.reason).inc()
+                reasons[event.reason] += 1
+                self._tell_first(raw.offset, event)
             else:
                 records.append(Record(raw.offset, raw.timestamp, event))
-        self._fuse.count(len(part.records), len(outgoing))
         users = dict.fromkeys(record.event.user_id for record in records)
         profiles, before = await shell.store.load(p, users)
         for profile in profiles.values():
@@ -446,6 +463,23 @@ class PartitionTask:
         step.watermark, step.stream_time_ms = part.next_offset, result.stream_time_ms
         await self._commit(owned, step, outgoing)
         shell.metrics.events.inc(len(records))
+        for reason, count in reasons.items():
+            shell.metrics.dead_letters.labels(reason).inc(count)
+        self._count(result.transitions)
+        self._fuse.count(len(part.records), reasons.total())
+
+    def _tell_first(self, offset: int, invalid: InvalidEvent) -> None:
+        """Log the first bad record of each reason; all of them are in the dead-letter topic."""
+        if invalid.reason not in self._told:
+            self._told.add(invalid.reason)
+            logger.warning(
+                "partition %d, offset %d: set aside, %s of %s: %s (more of this reason are only counted)",
+                self.partition, offset, invalid.reason, invalid.field or "the record", invalid.detail,
+            )  # fmt: skip
+
+    def _count(self, transitions: Iterable[Transition]) -> None:
+        for transition in transitions:
+            self._shell.metrics.transitions.labels(transition.status, transition.cause).inc()
 
     def _check_timestamps(self, part: Slice) -> None:
         """Refuse producers' times under the wall clock unless trusted, whatever the topic says of itself."""
@@ -495,6 +529,15 @@ class PartitionTask:
             )
 
     async def _answer(self, owned: _Owned, request: _Request) -> None:
+        answered = False
+        try:
+            await self._redefine(owned, request)
+            answered = True
+        finally:
+            if not request.done.done():
+                request.done.set_result(answered)
+
+    async def _redefine(self, owned: _Owned, request: _Request) -> None:
         if request.users:
             # Without a valid record so far there is no profile either.
             replayed = owned.watermark < owned.replayed_below
@@ -502,8 +545,6 @@ class PartitionTask:
         elif owned.old:
             await self._commit(owned, Commit(definitions=self._shell.fold.segments.fingerprint), [])
             owned.old = {}
-        if not request.done.done():
-            request.done.set_result(True)
 
     async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int, *, replayed: bool) -> bool:
         """Commit what the instant `at_ms` changes for some users without an event; tell if it did."""
@@ -514,14 +555,15 @@ class PartitionTask:
         for user_id, profile in profiles.items():
             if profile.definitions != shell.fold.segments.fingerprint:
                 self._check_definitions(owned, profile)
-                transitions += shell.fold.redefine(profile, at_ms, owned.old[profile.definitions])
-            elif profile.next_exit_ms is not None and profile.next_exit_ms <= at_ms:
-                transitions += shell.fold.expire(profile, at_ms)
-            else:
+                stream_time_ms = at_ms if owned.stream_time_ms is None else owned.stream_time_ms
+                transitions += shell.fold.redefine(profile, stream_time_ms, owned.old[profile.definitions])
+            elif profile.next_exit_ms is None or profile.next_exit_ms > at_ms:
                 continue
+            transitions += shell.fold.expire(profile, at_ms)
             changed[user_id] = profile
         if changed:
             await self._commit(owned, self._step(changed, before), self._messages(transitions, replayed))
+            self._count(transitions)
         return bool(changed)
 
     def _check_definitions(self, owned: _Owned, profile: Profile) -> None:
@@ -559,10 +601,12 @@ class PartitionTask:
     async def _look_around(self, owned: _Owned) -> None:
         """Notice, with nothing to do, what nobody tells.
 
-        A Redis that was emptied fails the owner check of a trim that has nothing to drop. A slice that was
-        lost on the way here, with none behind it, shows as a position past the watermark.
+        A Redis that was emptied fails the owner check of a trim that has nothing to drop; a Kafka that is
+        gone does not answer. A slice that was lost on the way here, with none behind it, shows as a position
+        past the watermark.
         """
         await self._trim(owned)
+        await self._check_generation()
         position = await self._shell.log.position(self.partition)
         if position is not None and position != owned.watermark and not self._queue:
             await self._check_range(owned)
@@ -585,7 +629,6 @@ class PartitionTask:
     def _messages(self, transitions: Iterable[Transition], replayed: bool) -> list[Outgoing]:
         messages = []
         for transition in transitions:
-            self._shell.metrics.transitions.labels(transition.status, transition.cause).inc()
             messages.append(
                 transition_message(
                     transition, topic=self._shell.topic, partition=self.partition, replayed=replayed

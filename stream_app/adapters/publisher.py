@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import aiokafka
-from aiokafka.errors import KafkaConnectionError, KafkaError
+from aiokafka.errors import (
+    InvalidTopicError,
+    KafkaConnectionError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+)
 
 from stream_app.adapters.codec import Outgoing
-from stream_app.errors import StoreUnavailable
+from stream_app.errors import StartRefused, StoreUnavailable
 
 __all__ = ["Publisher"]
 
@@ -22,6 +29,17 @@ __all__ = ["Publisher"]
 MAX_REQUEST_BYTES = 1024 * 1024
 MAX_BATCH_BYTES = 256 * 1024
 LINGER_MS = 2
+#: Messages that are under way at once; with room for what a batch adds to them.
+CHUNK_BYTES = 192 * 1024
+#: About what a message's headers and framing take.
+HEADERS_BYTES = 512
+#: Failures that waiting does not cure.
+PERMANENT = (
+    InvalidTopicError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+)
 
 logger = logging.getLogger(__name__)
 sender_logger = logging.getLogger("aiokafka.producer.sender")
@@ -73,7 +91,11 @@ class Publisher:
             except KafkaError as exc:
                 await producer.stop()
                 if idempotent and not isinstance(exc, KafkaConnectionError):
-                    logger.warning("the broker has no idempotent producers (%s)", type(exc).__name__)
+                    logger.info(
+                        "the broker has no idempotent producers (%s): a message that is sent again may come "
+                        "twice, with the same id",
+                        type(exc).__name__,
+                    )
                     continue
                 raise StoreUnavailable("Kafka, connect", f"{type(exc).__name__}: {exc}") from exc
             finally:
@@ -93,21 +115,56 @@ class Publisher:
         ------
         StoreUnavailable
             If any is not; some may be, so the outbox is published again from its beginning.
+        StartRefused
+            If Kafka will never take one of them.
         """
         producer = self._producer
         if producer is None:
             raise RuntimeError("expected start() before publish()")
         try:
-            async with asyncio.timeout(2 * self._timeout_s):
-                sent = [
-                    await producer.send(
-                        self._topics[message.kind],
-                        key=message.key,
-                        value=message.value,
-                        headers=list(message.headers),
-                    )
-                    for message in messages
-                ]
-                await asyncio.gather(*sent)
+            for chunk in _chunks(messages):
+                async with asyncio.timeout(2 * self._timeout_s):
+                    await self._publish_chunk(producer, chunk)
+        except PERMANENT as exc:
+            raise StartRefused(
+                f"output topics that take batches of up to {MAX_BATCH_BYTES} bytes from this user",
+                f"{type(exc).__name__}: {exc}",
+                "Kafka, publish",
+                "Run `stream-app doctor`; raise the topic's max.message.bytes, or give write permission. "
+                "What was not taken is in the outbox and is published at the next start.",
+            ) from exc
         except (KafkaError, TimeoutError) as exc:
             raise StoreUnavailable("Kafka, publish", f"{type(exc).__name__}: {exc}") from exc
+
+    async def _publish_chunk(self, producer: aiokafka.AIOKafkaProducer, chunk: Sequence[Outgoing]) -> None:
+        sent = [
+            await producer.send(
+                self._topics[message.kind],
+                key=message.key,
+                value=message.value,
+                headers=list(message.headers),
+            )
+            for message in chunk
+        ]
+        # All of them, also when one fails: what is still under way must not arrive behind what follows.
+        for answer in await asyncio.gather(*sent, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
+
+
+def _chunks(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
+    """Cut messages so that those of one output partition are one batch, and the next waits for it.
+
+    A batch that fails after the one behind it has arrived would be seen in the wrong order.
+    """
+    chunk: list[Outgoing] = []
+    size = 0
+    for message in messages:
+        weight = len(message.value or b"") + len(message.key or b"") + HEADERS_BYTES
+        if chunk and size + weight > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(message)
+        size += weight
+    if chunk:
+        yield chunk

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from typing import Final
 
 from stream_app.adapters.checks import Finding
-from stream_app.adapters.codec import MAX_DEAD_LETTER_BYTES
 from stream_app.adapters.kafka_admin import TopicSpec
+from stream_app.adapters.publisher import MAX_BATCH_BYTES
 from stream_app.settings import KafkaSettings
 
 DEFAULT_PARTITIONS: Final = 4
 #: Kafka's own default. Written down for the dead letters, as an administrator's lower default could not
 #: hold them.
 DEAD_LETTER_LIMIT_BYTES: Final = 1_048_588
-#: More than a transition can have: its longest parts are ids, of at most 128 characters each.
-MAX_TRANSITION_BYTES: Final = 16 * 1024
+#: A limit is for a batch of messages; one of the worker's, and what a batch has beside them.
+NEEDED_BYTES: Final = MAX_BATCH_BYTES + 4096
 
 _LIMIT = "max.message.bytes"
 
@@ -67,9 +67,9 @@ def check_limits(kafka: KafkaSettings, configs: Mapping[str, Mapping[str, str]])
     """
     found = []
     for topic, needed in (
-        (kafka.entered_topic, MAX_TRANSITION_BYTES),
-        (kafka.exited_topic, MAX_TRANSITION_BYTES),
-        (kafka.dead_letter_topic, MAX_DEAD_LETTER_BYTES),
+        (kafka.entered_topic, NEEDED_BYTES),
+        (kafka.exited_topic, NEEDED_BYTES),
+        (kafka.dead_letter_topic, NEEDED_BYTES),
     ):
         limit = configs.get(topic, {}).get(_LIMIT)
         if limit is None:

@@ -37,6 +37,9 @@ def worker(
     many as the events topic has partitions; they share the work, and one that dies is replaced by the others.
     Nothing is lost either way: a new worker goes on where Redis says that the last one stood.
 
+    What was in the topic before this service's first worker is history: with the wall clock its transitions
+    say `"replayed": true`, so that no campaign acts on the past.
+
     It refuses to start on anything that would break its promises, with what to do; `stream-app topics`
     creates the topics that it needs.
     """
@@ -54,6 +57,8 @@ def _log_to_stderr() -> None:
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     logging.getLogger("stream_app").setLevel(logging.INFO)
+    # aiokafka logs every attempt to reach a broker that is gone; what matters is said by who waits for it.
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     # Faust logs the life of its services under the name of the module that subclasses them.
     logging.getLogger("stream_app.adapters.transport").setLevel(logging.WARNING)
     for handler in logging.getLogger().handlers:

@@ -381,7 +381,9 @@ class Fold:
             for rule in bucket.by_item:
                 exit_ms = exits.get(rule.id)
                 if exit_ms is None:
-                    if weight >= rule.enter_least:
+                    # Another item may be high enough and have been refused for leaving too soon: then one
+                    # that is above the exit threshold makes the stay longer.
+                    if weight >= min(rule.enter_least, rule.exit_weight):
                         candidates.add(rule.position)
                 else:
                     later_ms = crossing_ms(landmark_ms, sums, rule.log_exit_weight)

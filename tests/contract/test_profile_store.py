@@ -340,7 +340,12 @@ async def trim_something(store: ProfileStore) -> None:
     ("wm", "error"),
     [
         pytest.param(None, StateLost, id="Redis was emptied"),
-        pytest.param({}, StateLost, id="only a mark of a rebuild"),
+        pytest.param({"rebuilding": 1}, StateLost, id="only the mark of a rebuild"),
+        pytest.param(
+            {"owner": "worker-a", "epoch": 5, "commit": 8, "rebuilding": 1},
+            StateLost,
+            id="a rebuild has begun under the worker",
+        ),
         pytest.param({"owner": "worker-a", "epoch": 4, "commit": 8}, StateLost, id="an older snapshot"),
         pytest.param(
             {"owner": "worker-b", "epoch": 4, "commit": 3}, StateLost, id="an older one of another's"
@@ -361,7 +366,7 @@ async def test_a_writer_that_does_not_own_what_it_believes_writes_nothing(
     error: type[Exception],
 ) -> None:
     if wm is not None:
-        raw.hset("sa:{0}:wm", mapping={"watermark": 1, "rebuilding": 1, **wm})
+        raw.hset("sa:{0}:wm", mapping={"watermark": 1, **wm})
     raw.xadd("sa:{0}:outbox", {"m": "not published yet"}, id="8-1")
     raw.set("sa:{0}:profile:u1", "as it was")
     raw.hset("sa:{0}:definitions", "old", "{}")
@@ -373,6 +378,17 @@ async def test_a_writer_that_does_not_own_what_it_believes_writes_nothing(
         assert (refused.value.partition, refused.value.owner) == (0, wm["owner"])
     if isinstance(refused.value, CommitMismatch) and wm is not None:
         assert (refused.value.stored, refused.value.expected) == (wm["commit"], 8)
+
+
+async def test_the_owner_writes_nothing_into_what_is_being_rebuilt(store: ProfileStore, raw: Any) -> None:
+    mine = (await claim(store)).watermark
+    raw.hset("sa:{0}:wm", "rebuilding", 1)
+    before = content(raw)
+    with pytest.raises(StateLost):
+        await store.commit(0, mine.epoch, 1, Commit(watermark=5))
+    with pytest.raises(StateLost):
+        await store.trim(0, mine.epoch, 0)
+    assert content(raw) == before
 
 
 async def test_whoever_was_claimed_away_is_fenced_and_the_rival_goes_on(
@@ -431,7 +447,7 @@ async def test_the_next_commit_writes_only_what_has_changed_and_removes_what_has
     await store.commit(0, 1, 1, Commit(first, {}, {}, [b"a", b"b"], 4, T0))
     profiles, before = await store.load(0, first)
     # The indexes are told apart from what the store writes: what is said to be unchanged is not touched.
-    raw.zadd("sa:{0}:members:milk", {"stays": 1})
+    raw.zadd("sa:{0}:members:milk", {"stays": 1, "leaves": 3})
     raw.zadd("sa:{0}:due", {"stays": 2})
     second = {
         "stays": profiles["stays"],
@@ -445,7 +461,7 @@ async def test_the_next_commit_writes_only_what_has_changed_and_removes_what_has
         "later": T0 + 25,
         "for ever": float("inf"),
     }
-    assert zset_of(raw, "sa:{0}:members:milk") == {"stays": 1, "leaves": T0 + 99}
+    assert zset_of(raw, "sa:{0}:members:milk") == {"stays": 1, "leaves": 3}
     assert zset_of(raw, "sa:{0}:due") == {"stays": 2, "later": T0 + 25, "leaves": T0 + 99}
     assert raw.xrange("sa:{0}:outbox") == [(b"2-1", {b"m": b"c"})]
     third = {name: member(name, {}, left=["tea", "milk"]) for name in second}
@@ -460,6 +476,18 @@ async def test_what_a_commit_does_not_name_stays_as_it_is(store: ProfileStore, r
     before = hash_of(raw, "sa:{0}:wm")
     await store.commit(0, 1, 2, Commit())
     assert hash_of(raw, "sa:{0}:wm") == {**before, "commit": "2"}
+    await store.commit(0, 1, 3, Commit(watermark=0, stream_time_ms=0))  # 0 is a value
+    assert hash_of(raw, "sa:{0}:wm") == {**before, "commit": "3", "watermark": "0", "stream_time_ms": "0"}
+
+
+async def test_what_is_called_replayed_can_be_forgotten_with_the_log_that_it_was_about(
+    store: ProfileStore, raw: Any
+) -> None:
+    await claim(store, processed_below=30)
+    await store.commit(0, 1, 1, Commit(watermark=5))
+    assert raw.hget("sa:{0}:wm", "replayed_below") == b"30"
+    await store.commit(0, 1, 2, Commit(watermark=0, replayed_below=0))
+    assert raw.hget("sa:{0}:wm", "replayed_below") == b"0"
 
 
 async def test_the_mark_of_new_definitions_drops_all_older_sets(store: ProfileStore, raw: Any) -> None:

@@ -295,7 +295,7 @@ def test_a_flood_of_bad_records_stops_the_worker_where_a_limit_is_set_and_loses_
     assert "worker.max_dead_letter_share" in last
     stopped_at = stage.watermarks()[0]
     assert valid + 6_000 < stopped_at < valid + bad, "it stops once more than 60 % of 10,000 were bad"
-    assert stage.committed() == {0: stopped_at}
+    assert stage.committed()[0] <= stopped_at, "nothing is acknowledged that was not set aside"
 
     stage.run("worker", "--until-end")
     offsets = [int(dict(letter.headers)["sa_offset"]) for letter in read(stage, names.dead_letter)]

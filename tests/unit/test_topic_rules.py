@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stream_app.adapters.codec import MAX_DEAD_LETTER_BYTES
-from stream_app.adapters.topics import MAX_TRANSITION_BYTES, check_limits, check_partitions, wanted_topics
+from stream_app.adapters.topics import NEEDED_BYTES, check_limits, check_partitions, wanted_topics
 from stream_app.settings import KafkaSettings
 
 KAFKA = KafkaSettings()
@@ -27,9 +26,9 @@ def test_the_topics_as_created_hold_all_that_is_published() -> None:
 @pytest.mark.parametrize(
     ("topic", "needed"),
     [
-        ("events-dead-letter", MAX_DEAD_LETTER_BYTES),
-        ("segment-entered", MAX_TRANSITION_BYTES),
-        ("segment-exited", MAX_TRANSITION_BYTES),
+        ("events-dead-letter", NEEDED_BYTES),
+        ("segment-entered", NEEDED_BYTES),
+        ("segment-exited", NEEDED_BYTES),
     ],
 )
 def test_a_limit_below_what_is_published_is_named_with_what_to_do(topic: str, needed: int) -> None:
