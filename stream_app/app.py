@@ -222,7 +222,7 @@ async def _run(
             "signal": asyncio.create_task(stop.wait()),
             "failure": asyncio.create_task(worker.assignment.failed()),
             "faust": asyncio.create_task(worker.log.crashed()),
-            "start": asyncio.create_task(_join(worker, settings.worker.hold_deadline_s)),
+            "start": asyncio.create_task(_join(worker, settings)),
         }
         try:
             done, _ = await asyncio.wait(reasons.values(), return_when=asyncio.FIRST_COMPLETED)
@@ -246,19 +246,21 @@ async def _run(
             raise failure
 
 
-async def _join(worker: Worker, deadline_s: float) -> None:
+async def _join(worker: Worker, settings: Settings) -> None:
     """Start Faust, which returns when the group has given this worker its partitions.
 
     Raises
     ------
     StoreUnavailable
-        If that takes longer than a partition may be held.
+        If that takes longer than a partition may be held, after two session timeouts: that long a group may
+        wait for a member that was killed.
     """
+    deadline_s = settings.worker.hold_deadline_s + 2 * settings.kafka.session_timeout_s
     starting = asyncio.ensure_future(worker.app.start())
     done, _ = await asyncio.wait({starting}, timeout=deadline_s)
     group = f"Kafka, group {worker.shell.identity.group}"
     if not done:
-        raise StoreUnavailable(group, f"no assignment within {deadline_s:g} s (worker.hold_deadline_s)")
+        raise StoreUnavailable(group, f"no assignment within {deadline_s:g} s")
     exc = starting.exception()
     if exc is not None:
         raise StoreUnavailable(group, f"{type(exc).__name__}: {exc}") from exc
