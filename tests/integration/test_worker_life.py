@@ -128,6 +128,18 @@ class Stage:
         """Records below the watermarks of all partitions."""
         return sum(self.watermarks().values())
 
+    def is_done(self, ends: Mapping[int, int]) -> bool:
+        """Whether all up to `ends` is folded, what is due by stream time has happened, all is published."""
+        if self.watermarks() != ends:
+            return False
+        with redis.Redis.from_url(self.case.redis_url) as raw:
+            client: Any = raw
+            return not any(
+                client.xlen(f"sa:{{{p}}}:outbox")
+                or client.zcount(f"sa:{{{p}}}:due", "-inf", self.wm(p)["stream_time_ms"])
+                for p in range(self.partitions)
+            )
+
     def log_ends(self) -> dict[int, int]:
         """Next offset that the log of each partition will give out."""
         return asyncio.run(log_ends(self.case.kafka, self.case.names.events))
@@ -390,26 +402,15 @@ def flush(stage: Stage) -> None:
 # --- a Redis that is meddled with --------------------------------------------------------------------------
 
 
-def is_published(stage: Stage) -> bool:
-    """Tell whether every exit due by stream time has happened and the outboxes are empty."""
-    with redis.Redis.from_url(stage.case.redis_url) as raw:
-        client: Any = raw
-        for p in range(PARTITIONS):
-            stream_time_ms = int(client.hget(f"sa:{{{p}}}:wm", "stream_time_ms") or 0)
-            if client.zcount(f"sa:{{{p}}}:due", "-inf", stream_time_ms) or client.xlen(f"sa:{{{p}}}:outbox"):
-                return False
-    return True
-
-
 def test_redis_flushed_under_an_idle_worker_is_folded_again_without_a_new_event(
     stage: Stage, record_property: Callable[[str, object], None]
 ) -> None:
     stage.send(synthetic_events(SEED, EVENTS))
     ends = stage.log_ends()
     worker = stage.start("worker")
-    worker.wait_until(lambda: stage.watermarks() == ends and is_published(stage), 40, "done")
+    worker.wait_until(lambda: stage.is_done(ends), 40, "done")
     flush(stage)
-    worker.wait_until(lambda: stage.watermarks() == ends and is_published(stage), 30, "done again")
+    worker.wait_until(lambda: stage.is_done(ends), 30, "done again")
     worker.terminate()
     assert worker.wait(DRAIN_DEADLINE_S + EXIT_SLACK_S) == 0, worker.log
     proof = stage.proven(record_property)
@@ -423,7 +424,7 @@ def test_a_lost_watermark_is_not_folded_twice_into_the_profiles_that_are_left(
     stage.send(synthetic_events(SEED, EVENTS))
     ends = stage.log_ends()
     worker = stage.start("worker")
-    worker.wait_until(lambda: stage.watermarks() == ends, 40, "done")
+    worker.wait_until(lambda: stage.is_done(ends), 40, "done")
     with redis.Redis.from_url(stage.case.redis_url) as client:
         client.delete("sa:{1}:wm")
     assert worker.wait(40) == 1, worker.log
@@ -503,7 +504,7 @@ def test_metrics_count_what_happened(stage: Stage) -> None:
     stage.send([{**events[0], "timestamp": None}, {**events[0], "user_id": ""}])
     ends = stage.log_ends()
     worker = stage.start("worker", worker__http_port=port)
-    worker.wait_until(lambda: stage.watermarks() == ends, 40, "done")
+    worker.wait_until(lambda: stage.is_done(ends), 40, "done")
     lag = "stream_app_lag_records"
     worker.wait_until(
         lambda: [metrics(port).get((lag, str(p))) for p in range(PARTITIONS)] == [0.0] * PARTITIONS,

@@ -721,3 +721,16 @@ def test_an_event_looks_only_at_segments_that_name_what_it_carries(monkeypatch: 
 def test_discovery_segments_are_not_decided_here() -> None:
     user = User(fold_of(Segment("next", type="discovery", labels=("a",), min_weight=0.1)))
     assert user.does(0, "a") == []
+
+
+def test_an_item_above_the_exit_threshold_lets_in_what_would_have_left_at_once() -> None:
+    weights = Weights(
+        half_life_s=1_000,
+        event_types={"fast": EventTypeWeight(1.0, 0.005), "slow": EventTypeWeight(0.9, 1_000)},
+    )
+    segment = Segment("either", labels=("x", "y"), min_weight=1.0, exit_weight=0.5)
+    fold = Fold(SegmentSet([segment], weights), weights)
+    profile, refused = fold.apply(None, Event("u", "fast", 1_000, "e-1", ("x",)), 1_000)
+    assert refused == []  # x is high enough and would be gone after 5 ms
+    _, entered = fold.apply(profile, Event("u", "slow", 1_000, "e-2", ("y",)), 1_000)
+    assert [(t.status, t.weight) for t in entered] == [("entered", 1.0)]  # y is below 1 and stays above 0.5
