@@ -20,8 +20,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-#: The screen keeps the last of them in sight, plain output prints the first.
+#: The screen keeps the last of them in sight; plain output prints the first of each status and cause.
 SHOWN_TRANSITIONS: Final = 8
+SHOWN_OF_A_KIND: Final = 3
 #: Plain output: seconds between status lines, doubled after every few of them so that a long run stays short.
 LINE_EVERY_S: Final = 3.0
 LINES_BEFORE_SLOWER: Final = 6
@@ -77,7 +78,8 @@ class Board:
             f"{segment_id} ({cause}, weight {transition['weight']:.2f}{until.replace('T', ' ')})"
         )
         self.last.append(line)
-        if len(self.first) < SHOWN_TRANSITIONS:
+        alike = sum(n for (_, *kind), n in self.counts.items() if kind == [status, cause])
+        if alike <= SHOWN_OF_A_KIND:
             self.first.append(line)
 
     def progress(self, *, joined: bool, folded: int, stream_time_ms: int | None, unfinished: int) -> None:

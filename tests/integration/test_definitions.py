@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import redis
 
+from stream_app.cli import main
 from stream_app.core.segment import Segment
 from tests.backends import Kind, Names, read_to_end
 from tests.oracle import OracleProfile, judge, records_by_partition, transition_id, unix_ms
@@ -75,10 +76,17 @@ class Stage:
     def run(self, *arguments: str) -> str:
         return self.programs.run(*arguments, *self._options(), environment=self._environment(), timeout_s=90)
 
+    def here(self, *arguments: str) -> None:
+        """Run a command in this process: starting one takes longer than it does."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self._environment().items():
+                patch.setenv(name, value)
+            assert main([*arguments, *self._options()]) == 0
+
     def send(self, events: Sequence[Mapping[str, Any]]) -> None:
         path = self.directory / "events.jsonl"
         path.write_text("".join(json.dumps(event) + "\n" for event in events))
-        self.run("replay", str(path))
+        self.here("replay", str(path))
 
     def said(self) -> Messages:
         """All transitions so far, by topic and place."""
@@ -161,7 +169,7 @@ def stage(
     # The embedded broker makes a joining worker wait for it; Apache Kafka accepts no less than 6 s.
     timeout_s = "2" if kafka_kind == "embedded" else "6"
     made = Stage(programs, names, kafka_bootstrap, fresh_redis, tmp_path, timeout_s)
-    made.run("topics", "--partitions", str(PARTITIONS))
+    made.here("topics", "--partitions", str(PARTITIONS))
     return made
 
 
