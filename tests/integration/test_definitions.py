@@ -167,7 +167,7 @@ def stage(
     tmp_path: Path,
 ) -> Stage:
     # The embedded broker makes a joining worker wait for it; Apache Kafka accepts no less than 6 s.
-    timeout_s = "2" if kafka_kind == "embedded" else "6"
+    timeout_s = "3" if kafka_kind == "embedded" else "6"
     made = Stage(programs, names, kafka_bootstrap, fresh_redis, tmp_path, timeout_s)
     made.here("topics", "--partitions", str(PARTITIONS))
     return made

@@ -101,7 +101,7 @@ def stage(
         **names.environment(),
         "STREAM_APP__KAFKA__BOOTSTRAP_SERVERS": kafka_bootstrap,
         # The embedded broker makes a joining worker wait for it; Apache Kafka accepts no less than 6 s.
-        "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": "2" if kafka_kind == "embedded" else "6",
+        "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": "3" if kafka_kind == "embedded" else "6",
         "STREAM_APP__REDIS__URL": fresh_redis,
     }
     case = Case(kafka_bootstrap, fresh_redis, names, SEGMENTS, WEIGHTS, "event")

@@ -109,7 +109,7 @@ def stage(kafka_bootstrap: str, kafka_kind: Kind, names: Names, programs: Progra
         **names.environment(),
         "STREAM_APP__KAFKA__BOOTSTRAP_SERVERS": kafka_bootstrap,
         # The embedded broker makes a joining worker wait for it; Apache Kafka accepts no less than 6 s.
-        "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": "2" if kafka_kind == "embedded" else "6",
+        "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": "3" if kafka_kind == "embedded" else "6",
         "STREAM_APP__REDIS__URL": f"redis://127.0.0.1:{free_port()}/0",
     }
     return Stage(programs, names, tmp_path, environment)
