@@ -161,9 +161,10 @@ def test_workers_that_come_go_and_are_killed_share_a_log_without_loss(
     epochs = claimed(workers)
     record_property("claims by partition", {p: len(epochs[p]) for p in sorted(epochs)})
     for partition in range(PARTITIONS):
-        # Each claim is the only one of its epoch: whoever claims takes the partition from all before it.
-        assert sorted(epochs[partition]) == list(range(1, len(epochs[partition]) + 1))
-        assert int(stage.wm(partition)["epoch"]) == len(epochs[partition])
+        # A claim is the only one of its epoch: whoever claims takes the partition from all before.
+        # One that was cut short by a revocation has an epoch and no line in a log.
+        assert len(set(epochs[partition])) == len(epochs[partition]), epochs[partition]
+        assert int(stage.wm(partition)["epoch"]) >= max(epochs[partition])
         seen = owners.seen[partition]
         assert all(one[0] < other[0] for one, other in pairwise(seen)), seen
     assert all(claimed([worker]) for worker in workers), "one of them never had anything to do"
