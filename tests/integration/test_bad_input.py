@@ -22,7 +22,7 @@ from stream_app.adapters.codec import Decoder, InvalidEvent
 from tests.backends import Names, create_topic, read_to_end
 from tests.e2e import proof as e2e_proof
 from tests.e2e.proof import Case
-from tests.integration.test_worker_life import (
+from tests.integration.stage import (
     SEGMENTS,
     WEIGHTS,
     Stage,

@@ -25,7 +25,7 @@ from stream_app.app import Worker, build_app
 from stream_app.core.profile import Profile
 from stream_app.settings import load_settings
 from tests.backends import Names
-from tests.integration.test_worker_life import Stage, event_clock_case, synthetic_events, wait_until
+from tests.integration.stage import Stage, event_clock_case, synthetic_events, wait_until
 from tests.processes import Program, Programs
 
 SEED = 7

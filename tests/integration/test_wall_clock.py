@@ -21,7 +21,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from stream_app.adapters.partition import GRACE_MS
 from tests.backends import Kind, Names, read_to_end
 from tests.e2e.proof import Case
-from tests.integration.test_worker_life import (
+from tests.integration.stage import (
     PARTITIONS,
     Stage,
     claims,
