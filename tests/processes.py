@@ -22,7 +22,9 @@ DYING_WITH_US = (
     "-S",
     "-c",
     """
-import ctypes, os, sys
+import ctypes, os, signal, sys
+# A shell without job control starts what it puts in the background with SIGINT ignored, for all below it.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if sys.platform == "linux":
     PR_SET_PDEATHSIG, SIGKILL = 1, 9
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, SIGKILL)

@@ -92,7 +92,7 @@ def test_an_interrupted_demo_leaves_nothing_running(
 ) -> None:
     with nothing_left_of(segments_file):
         demo = programs.start(
-            "demo", "--events", str(events_file), "--segments", str(segments_file), "--rate", "200"
+            "demo", "--events", str(events_file), "--segments", str(segments_file), "--rate", "40"
         )
         demo.wait_until(lambda: "events sent" in demo.log, 60, "replaying")
         os.kill(demo.pid, number)

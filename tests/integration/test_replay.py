@@ -20,6 +20,7 @@ from stream_app.adapters.partitioner import partition_of
 from stream_app.cli import main
 from stream_app.embedded import Server
 from tests.backends import ROOT, Names, create_topic, log_ends, read_to_end
+from tests.processes import DYING_WITH_US
 
 PARTITIONS = 3
 
@@ -189,7 +190,7 @@ def test_an_interrupted_replay_delivers_what_it_has_read_and_says_so(
     kafka_bootstrap: str, topic: str
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "stream_app", "replay", "-", "--json"],
+        [*DYING_WITH_US, str(os.getpid()), sys.executable, "-m", "stream_app", "replay", "-", "--json"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
