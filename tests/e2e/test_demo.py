@@ -94,7 +94,7 @@ def test_an_interrupted_demo_leaves_nothing_running(
         demo = programs.start(
             "demo", "--events", str(events_file), "--segments", str(segments_file), "--rate", "40"
         )
-        demo.wait_until(lambda: "events sent" in demo.log, 60, "replaying")
+        demo.wait_until(lambda: "entered snackers" in demo.log, 60, "replaying")
         os.kill(demo.pid, number)
         assert demo.wait(40) == 1
     assert "Traceback" not in demo.log
