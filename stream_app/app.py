@@ -25,17 +25,22 @@ from stream_app.adapters.assignment import Assignment
 from stream_app.adapters.checks import KafkaFacts, check_kafka, check_redis, refuse
 from stream_app.adapters.codec import Decoder
 from stream_app.adapters.definitions import sweep_definitions
+from stream_app.adapters.functions import loader
 from stream_app.adapters.health import Health, serve_http
 from stream_app.adapters.kafka_admin import KafkaAdmin
+from stream_app.adapters.learning import Learner
 from stream_app.adapters.log_ends import LogProbe
 from stream_app.adapters.metrics import Metrics
+from stream_app.adapters.model_store import ModelStore
 from stream_app.adapters.partition import Shell
 from stream_app.adapters.profile_store import Identity, ProfileStore, connect
 from stream_app.adapters.publisher import Publisher
 from stream_app.adapters.tasks import end_tasks
 from stream_app.adapters.transport import Log, SliceApp, build_faust_app
 from stream_app.adapters.until_end import wait_until_end
+from stream_app.core.discovery import DiscoveryRules
 from stream_app.core.fold import Fold
+from stream_app.core.model import NextCategoryModel
 from stream_app.errors import ConfigError, StartRefused, StoreUnavailable, StreamAppError
 from stream_app.settings import Settings, faust_environment_problems
 
@@ -95,7 +100,8 @@ def build_app(
     metrics = Metrics()
     log = Log(app, kafka.events_topic)
     probe = LogProbe(kafka.bootstrap_servers, kafka.events_topic, now_ms)
-    store = ProfileStore(redis_client, secrets.token_hex(OWNER_BYTES))
+    owner = secrets.token_hex(OWNER_BYTES)
+    store = ProfileStore(redis_client, owner)
     publisher = Publisher(
         kafka.bootstrap_servers,
         {
@@ -104,10 +110,23 @@ def build_app(
             "dead_letter": kafka.dead_letter_topic,
         },
     )
+    learner = None
+    if settings.model.enabled:
+        learner = Learner(
+            NextCategoryModel(half_life_ms=settings.weights.core.default_half_life_ms),
+            ModelStore(redis_client, owner),
+            DiscoveryRules(settings.segment_set),
+            settings.weights.core,
+            partitions=facts.partitions,
+            max_age_ms=round(settings.model.max_age_s * 1000),
+            checkpoint_s=settings.model.checkpoint_s,
+            monotonic_s=time.monotonic,
+            metrics=metrics,
+        )
     shell = Shell(
         topic=kafka.events_topic,
         clock=worker.clock,
-        fold=Fold(settings.segment_set, settings.weights.core),
+        fold=Fold(settings.segment_set, settings.weights.core, keeps_seen=settings.model.enabled),
         decoder=Decoder(max_future_skew_s=worker.max_future_skew_s),
         store=store,
         publisher=publisher,
@@ -129,6 +148,9 @@ def build_app(
         retention_ms=facts.retention_ms if wall else None,
         check_producer_time=wall and worker.trust_create_time,
         accept_gap=accept_gap,
+        load_functions=loader(redis_client, settings.weights.core, worker.clock),
+        learner=learner,
+        rescored_per_s=settings.model.rescored_per_s,
     )
     health = Health(assignment, log, probe, metrics, time.monotonic)
     return Worker(app, assignment, store, publisher, probe, log, health, shell)
@@ -212,6 +234,8 @@ async def _run(
         at_the_end("log probe", worker.probe.stop)
         await worker.publisher.start()
         at_the_end("publisher", worker.publisher.stop)
+        if worker.shell.learner is not None:
+            await worker.shell.learner.start()
         ends = await worker.probe.all_ends(facts.partitions) if until_end else {}
         if settings.worker.http_port:
             runner = await serve_http(worker.health, settings.worker.http_host, settings.worker.http_port)
@@ -232,6 +256,8 @@ async def _run(
                 reasons["definitions"] = asyncio.create_task(
                     sweep_definitions(worker.assignment, worker.store)
                 )
+                if worker.shell.learner is not None:
+                    reasons["model"] = asyncio.create_task(worker.shell.learner.follow())
                 if until_end:
                     reasons["end"] = asyncio.create_task(wait_until_end(worker.shell, ends))
                 done, _ = await asyncio.wait(reasons.values(), return_when=asyncio.FIRST_COMPLETED)

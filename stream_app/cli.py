@@ -15,6 +15,7 @@ import click
 
 from stream_app.commands.demo import demo
 from stream_app.commands.doctor import doctor
+from stream_app.commands.evaluate import evaluate
 from stream_app.commands.options import closing
 from stream_app.commands.rebuild import rebuild
 from stream_app.commands.replay import replay
@@ -47,7 +48,7 @@ def cli() -> None:
     """
 
 
-for _verb in (demo, services, topics, worker, replay, show, segments, doctor, rebuild):
+for _verb in (demo, services, topics, worker, replay, show, segments, evaluate, doctor, rebuild):
     cli.add_command(_verb)
 
 

@@ -73,6 +73,32 @@ class StartRefused(StreamAppError):
     """The surroundings (broker, Redis, stored state, installed packages) contradict the configuration."""
 
 
+class ModelStateError(StreamAppError):
+    """What the model has learned cannot be read, or was learned by another kind of model.
+
+    Parameters
+    ----------
+    got
+        What is wrong with it.
+    where
+        The partition and key.
+
+    Examples
+    --------
+    >>> print(ModelStateError("none", "partition 3, key sa:{3}:model"))  # doctest: +ELLIPSIS
+    partition 3, key sa:{3}:model: expected a checkpoint that this version can read, got none. Operator ...
+    """
+
+    def __init__(self, got: str, where: str) -> None:
+        super().__init__(
+            "a checkpoint that this version can read",
+            got,
+            where,
+            "Restore it, start the version that wrote it, or run `stream-app rebuild --model` to learn "
+            "afresh from now on; profiles and base segments are not touched.",
+        )
+
+
 class StateLost(StreamAppError):
     """Redis no longer holds the claim that this worker made for a partition.
 

@@ -110,12 +110,6 @@ def _host(value: str) -> str:
     return value
 
 
-def _no_model_yet(value: bool) -> bool:
-    if value:
-        raise ValueError("false, since this version has no next-category model")
-    return value
-
-
 _REDIS_URL = "redis://[user:password@]host[:port][/database], rediss://... or unix://path"
 
 
@@ -229,7 +223,10 @@ class WeightsSettings(_Model):
 class ModelSettings(_Model):
     """The next-category model."""
 
-    enabled: Annotated[bool, AfterValidator(_no_model_yet)] = False
+    enabled: bool = True
+    max_age_s: Annotated[float, _between(60, 31_536_000, " seconds")] = 604_800.0
+    rescored_per_s: Annotated[int, _between(1, 100_000, " users")] = 256
+    checkpoint_s: Annotated[float, _between(0.1, 3600, " seconds")] = 5.0
 
 
 class _Sections(_Model):

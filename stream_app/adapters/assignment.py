@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final
 
 from stream_app.adapters.partition import PartitionMemory, PartitionTask, Shell
 from stream_app.adapters.tasks import end_tasks
@@ -17,6 +18,9 @@ from stream_app.adapters.transport import Slice
 __all__ = ["Assignment"]
 
 logger = logging.getLogger(__name__)
+
+#: How long a revocation waits for the model's last checkpoint of what it takes away.
+WRITE_DOWN_S: Final = 2.0
 
 
 class Assignment:
@@ -70,13 +74,27 @@ class Assignment:
 
     async def revoked(self, partitions: frozenset[int]) -> None:
         """End work on partitions; nothing of it is under way when this returns."""
-        running = []
+        running, left = [], []
         for partition in partitions:
-            self._tasks.pop(partition, None)
-            task = self._running.pop(partition, None)
+            task = self._tasks.pop(partition, None)
             if task is not None:
-                running.append(task)
+                left.append(task)
+            run = self._running.pop(partition, None)
+            if run is not None:
+                running.append(run)
         await end_tasks(running)
+        await self._write_down(left)
+
+    async def _write_down(self, left: Iterable[PartitionTask]) -> None:
+        """Let the model keep what it learned from partitions that are left, if that is quick."""
+        writing = [asyncio.create_task(task.write_down()) for task in left]
+        if not writing:
+            return
+        done, late = await asyncio.wait(writing, timeout=WRITE_DOWN_S)
+        for task in done:
+            if (exc := task.exception()) is not None:
+                logger.info("model: what was learned since the last checkpoint is lost, %s", exc)
+        await end_tasks(late)
 
     def submit(self, part: Slice, acknowledge: Callable[[], object]) -> None:
         """Hand a slice to its partition; one that is no longer here drops it unacknowledged."""

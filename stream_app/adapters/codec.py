@@ -45,7 +45,7 @@ import msgspec
 
 from stream_app.core.decay import NEVER_MS
 from stream_app.core.event import Event
-from stream_app.core.fold import Transition
+from stream_app.core.transition import Prediction, Transition
 
 MAX_RECORD_BYTES = 64 * 1024
 MAX_NESTING = 100
@@ -430,8 +430,21 @@ class _WireEventReference(msgspec.Struct, gc=False):
     offset: int
 
 
+class _WirePrediction(msgspec.Struct, gc=False):
+    label: str
+    labels: tuple[str, ...]
+    event_type: str
+    asset_id: str | None
+    score: float
+    model_version: str
+    accuracy: dict[str, float]
+
+
 class _WireTransition(msgspec.Struct, gc=False):
-    """The JSON value of a transition; the order of the fields is the order on the topic."""
+    """The JSON value of a transition; the order of the fields is the order on the topic.
+
+    `prediction` is there for who enters a discovery segment, `converted` for who leaves one.
+    """
 
     id: str
     user_id: str
@@ -447,6 +460,8 @@ class _WireTransition(msgspec.Struct, gc=False):
     min_weight: float
     exits_at: str | None
     event: _WireEventReference | None
+    prediction: _WirePrediction | msgspec.UnsetType = msgspec.UNSET
+    converted: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 _encode_json = msgspec.json.Encoder().encode
@@ -510,6 +525,8 @@ def transition_message(transition: Transition, *, topic: str, partition: int, re
             min_weight=transition.min_weight,
             exits_at=None if exits_at_ms is None else rfc_3339(exits_at_ms),
             event=event,
+            prediction=_prediction(transition.prediction),
+            converted=msgspec.UNSET if transition.converted is None else transition.converted,
         )
     )
     user = transition.user_id.encode()
@@ -524,6 +541,20 @@ def transition_message(transition: Transition, *, topic: str, partition: int, re
         ("content-type", b"application/json"),
     )
     return Outgoing(transition.status, user, value, headers)
+
+
+def _prediction(prediction: Prediction | None) -> _WirePrediction | msgspec.UnsetType:
+    if prediction is None:
+        return msgspec.UNSET
+    return _WirePrediction(
+        label=prediction.label,
+        labels=prediction.labels,
+        event_type=prediction.event_type,
+        asset_id=prediction.asset_id,
+        score=prediction.score,
+        model_version=prediction.model_version,
+        accuracy=dict(prediction.accuracy),
+    )
 
 
 def dead_letter(

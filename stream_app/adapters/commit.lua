@@ -1,21 +1,25 @@
--- commit(wm, due, outbox, definitions, profiles..., members...): make one step of a partition durable, all or nothing.
+-- commit(wm, due, outbox, definitions, scored, profiles..., members..., next...): make one step of a partition
+-- durable, all or nothing.
 --
 -- KEYS
 --   1 wm           HASH    owner, epoch, commit, watermark, stream_time_ms, definitions, ... (see claim.lua)
 --   2 due          ZSET    user_id -> instant of the user's next exit, Unix ms
 --   3 outbox       STREAM  messages committed and not yet known to be published; entry id <commit>-<n>
 --   4 definitions  HASH    fingerprint -> canonical JSON of segment sets in use
---   5..            STRING  one profile per changed user, msgpack
+--   5 scored       ZSET    user_id -> instant of the user's last scoring, Unix ms
+--   6..            STRING  one profile per changed user, msgpack
 --   ..             ZSET    one member index per touched segment: user_id -> exits_at, Unix ms, or +inf
+--   ..             STRING  next categories and recommendations, one per user who was scored, msgpack
 --
 -- ARGV
 --   1 owner           2 epoch         3 expected commit number (the one before this)
 --   4 kind            'commit', or 'trim': only drop the published outbox
 --   5 watermark       6 stream_time_ms   7 definitions mark       each '' for "as it is"
 --   8 replayed_below  '' for "as it is"
---   9 profiles       10 member keys  11 member changes  12 outbox entries    counts
+--   9 profiles       10 member keys  11 member changes  12 scores  13 outbox entries    counts
 --   then per profile: user_id, blob, expiry (Unix ms, '' for none), due ('' for "as it is", '-' for none, else Unix ms)
 --   then per member change: index of its key, user_id, exits_at ('-' to remove)
+--   then per score: user_id, blob ('-' to forget it), scored at (Unix ms), expiry (Unix ms, '' for none)
 --   then the outbox entries
 --
 -- Checks, in this order: wm gone, older than mine or being rebuilt -> {'LOST'}; another's -> {'FENCED', owner, epoch};
@@ -43,14 +47,14 @@ redis.call('DEL', KEYS[3])
 
 if ARGV[4] == 'commit' then
   local n_profiles, n_keys = tonumber(ARGV[9]), tonumber(ARGV[10])
-  local n_changes, n_outbox = tonumber(ARGV[11]), tonumber(ARGV[12])
-  local a = 13
+  local n_changes, n_scores, n_outbox = tonumber(ARGV[11]), tonumber(ARGV[12]), tonumber(ARGV[13])
+  local a = 14
   for i = 1, n_profiles do
     local user, blob, expiry, due = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3]
     if expiry == '' then
-      redis.call('SET', KEYS[4 + i], blob)
+      redis.call('SET', KEYS[5 + i], blob)
     else
-      redis.call('SET', KEYS[4 + i], blob, 'PXAT', expiry)
+      redis.call('SET', KEYS[5 + i], blob, 'PXAT', expiry)
     end
     if due == '-' then
       redis.call('ZREM', KEYS[2], user)
@@ -59,7 +63,7 @@ if ARGV[4] == 'commit' then
     end
     a = a + 4
   end
-  local members = 4 + n_profiles
+  local members = 5 + n_profiles
   for _ = 1, n_changes do
     local key = KEYS[members + tonumber(ARGV[a])]
     if ARGV[a + 2] == '-' then
@@ -68,6 +72,22 @@ if ARGV[4] == 'commit' then
       redis.call('ZADD', key, ARGV[a + 2], ARGV[a + 1])
     end
     a = a + 3
+  end
+  for i = 1, n_scores do
+    local user, blob, scored_ms, expiry = ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3]
+    local next_key = KEYS[members + n_keys + i]
+    if blob == '-' then
+      redis.call('DEL', next_key)
+      redis.call('ZREM', KEYS[5], user)
+    else
+      if expiry == '' then
+        redis.call('SET', next_key, blob)
+      else
+        redis.call('SET', next_key, blob, 'PXAT', expiry)
+      end
+      redis.call('ZADD', KEYS[5], scored_ms, user)
+    end
+    a = a + 4
   end
   local number = string.format('%.0f', tonumber(commit) + 1)
   for i = 1, n_outbox do

@@ -55,6 +55,27 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.examples_lost = Counter(
+            "stream_app_model_examples_lost",
+            "Records folded and not learned from: a worker was killed after its last checkpoint. Rising: see "
+            "why workers are killed.",
+            registry=self.registry,
+        )
+        self.accuracy = Gauge(
+            "stream_app_model_accuracy",
+            "Figures of the model's last predictions, each made before its event was learned from: task "
+            "(next, discovery), figure (hit@1, hit@5, hit@10, mrr, log_loss, ece, and mrr of the baselines "
+            "beside it). Falling below a baseline: people have changed, or the labels have.",
+            ["task", "figure"],
+            registry=self.registry,
+        )
+        self.segment_accuracy = Gauge(
+            "stream_app_model_segment_accuracy",
+            "The same, of first engagements of the labels that a discovery segment names.",
+            ["segment", "figure"],
+            registry=self.registry,
+        )
+
     def summary(self) -> str:
         """Say in one line what this worker has done so far."""
 

@@ -15,22 +15,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from stream_app.adapters.codec import Decoder, InvalidEvent, Outgoing, dead_letter, transition_message
 from stream_app.adapters.fuse import DeadLetterFuse
+from stream_app.adapters.learning import Learner
 from stream_app.adapters.log_ends import LogEnds, LogProbe
 from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.profile_store import Before, Claim, Commit, Identity, ProfileStore
 from stream_app.adapters.publisher import Publisher
 from stream_app.adapters.transport import Log, Slice
 from stream_app.core.event import Record
-from stream_app.core.fold import Fold, Transition
+from stream_app.core.fold import Fold
 from stream_app.core.profile import Profile
+from stream_app.core.scores import pack_scores
 from stream_app.core.segment_set import SegmentSet
-from stream_app.core.step import fold_slice
+from stream_app.core.step import Applied, fold_slice
+from stream_app.core.transition import Transition
 from stream_app.errors import (
     CommitMismatch,
     Fenced,
@@ -55,6 +58,8 @@ GRACE_MS: Final = 150
 MOST_IDLE_MS: Final = 2_000
 #: How soon the timer asks again when the log was ahead of the fold.
 ASK_AGAIN_S: Final = 0.05
+#: How often the background asks who was not scored for long.
+RESCORE_EVERY_S: Final = 1.0
 #: Kafka's number for a record whose timestamp the broker has set.
 LOG_APPEND_TIME: Final = 1
 #: A slice lost inside Faust shows as a gap; several may follow it before the rewind takes effect.
@@ -84,6 +89,13 @@ class Shell:
         How long the events topic keeps a record; ``None``: without limit, or unknown.
     check_producer_time : bool
         Whether Kafka timestamps are the producers' and a time ahead of now is a bad record.
+    load_functions : callable
+        Makes the Redis Functions those of the claimed state; after every claim, since what emptied Redis may
+        have taken them along.
+    learner : Learner or None
+        The next-category model; ``None``: off.
+    rescored_per_s : int
+        Users whom a partition scores in the background at most.
     """
 
     topic: str
@@ -103,6 +115,9 @@ class Shell:
     retention_ms: int | None
     check_producer_time: bool
     accept_gap: bool
+    load_functions: Callable[[], Awaitable[None]]
+    learner: Learner | None = None
+    rescored_per_s: int = 256
 
 
 @dataclass(slots=True)
@@ -170,6 +185,7 @@ class PartitionTask:
         self._fuse = DeadLetterFuse(partition, shell.max_dead_letter_share)
         self._told: set[str] = set()
         self._held_since_s: float | None = None
+        self._rescored_s = 0.0
         self._claimed_s = 0.0
         self._backoff_s = FIRST_BACKOFF_S
 
@@ -276,6 +292,7 @@ class PartitionTask:
             processed_below=processed_below,
             replay_when_new=ends.end if shell.clock == "wall" else None,
             definitions=(segments.fingerprint, segments.canonical_json()),
+            model_on=shell.learner is not None,
         )
         wm = claim.watermark
         self._memory.last_epoch = wm.epoch
@@ -291,6 +308,10 @@ class PartitionTask:
         await self._publish_outbox(owned)
         if not ends.start <= wm.watermark <= ends.end:
             await self._accept_gap(owned, ends)
+        await shell.load_functions()
+        if shell.learner is not None:
+            log_is_new = owned.watermark < wm.watermark
+            await shell.learner.claim(p, owned.watermark, wm.checkpoint, log_is_new=log_is_new)
         self._queue.clear()
         await shell.log.rewind(p, owned.watermark)
         self._owned = owned
@@ -388,6 +409,8 @@ class PartitionTask:
                 await self._fire_all(owned)
                 idle = False
             self._report_processed(owned)
+            if self._shell.learner is not None and await self._keep_scores(owned, self._shell.learner):
+                idle = False
             if self._requests:
                 await self._answer(owned, self._requests.popleft())
                 idle = False
@@ -398,6 +421,12 @@ class PartitionTask:
                 await self._wait(owned)
         if not owned.outbox_is_empty:
             await self._trim(owned)
+        await self.write_down()
+
+    async def write_down(self) -> None:
+        """Make what the model has learned from this partition durable, before it is left."""
+        if self._shell.learner is not None:
+            await self._shell.learner.leave(self.partition, self.epoch)
 
     async def _take_slice(self, owned: _Owned, part: Slice, acknowledge: Callable[[], object]) -> None:
         if part.from_offset != owned.watermark:
@@ -410,7 +439,10 @@ class PartitionTask:
                 await self._shell.log.rewind(self.partition, owned.watermark)
             return
         owned.rewound_s = 0.0
-        for piece in _split_at(part, owned.replayed_below):
+        learned_below = owned.replayed_below
+        if self._shell.learner is not None:
+            learned_below = self._shell.learner.learned_below(self.partition)
+        for piece in _split_at(part, owned.replayed_below, learned_below):
             if piece.from_offset == owned.replayed_below:
                 # What was due by then was due the first time, too: it is said before anything new is.
                 await self._fire_all(owned)
@@ -449,6 +481,8 @@ class PartitionTask:
         profiles, before = await shell.store.load(p, users)
         for profile in profiles.values():
             self._check_definitions(owned, profile)
+        learner = shell.learner
+        histories = {} if learner is None else learner.histories(profiles, records)
         result = fold_slice(
             shell.fold,
             records,
@@ -458,15 +492,95 @@ class PartitionTask:
             owned.old,
         )
         replayed = part.from_offset < owned.replayed_below
-        outgoing += self._messages(result.transitions, replayed)
+        transitions = result.transitions
+        scores: dict[str, bytes | None] = {}
+        if learner is not None:
+            # Every record is scored before it is learned from; its user is scored again as he is now.
+            learner.learn(p, histories, result.applied, part.next_offset)
+        if learner is not None and result.applied and result.stream_time_ms is not None:
+            scores, found = self._discover(learner, result.profiles, result.stream_time_ms, result.applied)
+            transitions = transitions + found
+        outgoing += self._messages(transitions, replayed)
         step = self._step(result.profiles, before)
         step.watermark, step.stream_time_ms = part.next_offset, result.stream_time_ms
+        step.scores, step.scored_ms = scores, result.stream_time_ms or 0
         await self._commit(owned, step, outgoing)
         shell.metrics.events.inc(len(records))
         for reason, count in reasons.items():
             shell.metrics.dead_letters.labels(reason).inc(count)
-        self._count(result.transitions)
+        self._count(transitions)
         self._fuse.count(len(part.records), reasons.total())
+
+    def _discover(
+        self, learner: Learner, profiles: Mapping[str, Profile], at_ms: int, applied: Sequence[Applied]
+    ) -> tuple[dict[str, bytes | None], list[Transition]]:
+        """Score the users of a slice as they are after it, and let them into discovery segments and out.
+
+        What is due by stream time happens first: nobody is kept out by a segment that he has left.
+        """
+        acted = [profiles[user_id] for user_id in dict.fromkeys(one.record.event.user_id for one in applied)]
+        transitions: list[Transition] = []
+        for profile in acted:
+            due_ms = profile.next_exit_ms
+            if due_ms is not None and due_ms <= at_ms:
+                transitions += self._shell.fold.expire(profile, at_ms)
+        scores: dict[str, bytes | None] = {}
+        for profile, scored in zip(acted, learner.score(acted, at_ms), strict=True):
+            scores[profile.user_id] = pack_scores(scored)
+            transitions += learner.discover(profile, scored, at_ms)
+        return scores, transitions
+
+    async def _keep_scores(self, owned: _Owned, learner: Learner) -> bool:
+        """Write down what was learned, score those again who have not acted for long; tell if any."""
+        busy = False
+        if learner.is_due(self.partition):
+            await learner.checkpoint(self.partition, owned.epoch)
+            busy = True
+        now_s = self._shell.monotonic_s()
+        if owned.stream_time_ms is None or now_s - self._rescored_s < RESCORE_EVERY_S:
+            return busy
+        self._rescored_s = now_s
+        return await self._rescore(owned, learner, owned.stream_time_ms) or busy
+
+    async def _rescore(self, owned: _Owned, learner: Learner, stream_time_ms: int) -> bool:
+        """Score a bounded number of those users again whose last scoring is half the maximum age old."""
+        shell = self._shell
+        at_ms = stream_time_ms
+        if shell.clock == "wall":
+            at_ms = max(at_ms, shell.now_ms())
+        users = await shell.store.scored_before(
+            self.partition, at_ms - learner.max_age_ms // 2, shell.rescored_per_s
+        )
+        if not users:
+            return False
+        profiles, before = await shell.store.load(self.partition, users)
+        scores: dict[str, bytes | None] = {}
+        known: list[Profile] = []
+        for user_id in users:
+            profile = profiles.get(user_id)
+            if profile is None or (at_ms > profile.forget_ms and not profile.memberships):
+                scores[user_id] = None
+            elif profile.definitions == shell.fold.segments.fingerprint:
+                known.append(profile)
+        transitions: list[Transition] = []
+        changed: dict[str, Profile] = {}
+        for profile, scored in zip(known, learner.score(known, at_ms), strict=True):
+            scores[profile.user_id] = pack_scores(scored)
+            due = profile.next_exit_ms
+            if due is not None and due <= at_ms:
+                continue  # the timer has its turn first
+            found = learner.discover(profile, scored, at_ms)
+            if found or profile.memberships != before[profile.user_id].exits_at_ms:
+                changed[profile.user_id] = profile
+                transitions += found
+        if not scores:
+            return False
+        step = self._step(changed, before)
+        step.scores, step.scored_ms = scores, at_ms
+        replayed = owned.watermark < owned.replayed_below
+        await self._commit(owned, step, self._messages(transitions, replayed))
+        self._count(transitions)
+        return True
 
     def _tell_first(self, offset: int, invalid: InvalidEvent) -> None:
         """Log the first bad record of each reason; all of them are in the dead-letter topic."""
@@ -684,13 +798,13 @@ class PartitionTask:
         return True
 
 
-def _split_at(part: Slice, offset: int) -> list[Slice]:
-    """Cut a slice in two where `offset` lies inside it, so that each piece is replayed or new as a whole."""
-    if not part.from_offset < offset < part.next_offset:
-        return [part]
-    below: tuple[Any, ...] = tuple(r for r in part.records if r.offset < offset)
-    above: tuple[Any, ...] = tuple(r for r in part.records if r.offset >= offset)
-    return [
-        Slice(part.partition, part.from_offset, offset, below),
-        Slice(part.partition, offset, part.next_offset, above),
-    ]
+def _split_at(part: Slice, *offsets: int) -> list[Slice]:
+    """Cut a slice where offsets lie inside it: each piece is replayed or new, learned or not, as a whole."""
+    cuts = sorted({offset for offset in offsets if part.from_offset < offset < part.next_offset})
+    pieces = []
+    for begin, end in zip([part.from_offset, *cuts], [*cuts, part.next_offset], strict=True):
+        records: tuple[Any, ...] = (
+            tuple(r for r in part.records if begin <= r.offset < end) if cuts else part.records
+        )
+        pieces.append(Slice(part.partition, begin, end, records))
+    return pieces

@@ -45,10 +45,17 @@ class PartitionKeys:
     due: str
     outbox: str
     definitions: str
+    scored: str
+    model: str
+    model_deltas: str
 
     def profile(self, user_id: str) -> str:
         """Return the key of a user's profile, a STRING in msgpack."""
         return f"{self.prefix}profile:{user_id}"
+
+    def next(self, user_id: str) -> str:
+        """Return the key of a user's next categories and recommendations, a STRING in msgpack."""
+        return f"{self.prefix}next:{user_id}"
 
     def members(self, segment_id: str) -> str:
         """Return the key of a segment's member index, a ZSET of user_id by exits_at in Unix ms."""
@@ -64,7 +71,8 @@ def keys(partition: int) -> PartitionKeys:
     'sa:{3}:profile:u1'
     """
     prefix = f"sa:{{{partition}}}:"
-    return PartitionKeys(prefix, f"{prefix}wm", f"{prefix}due", f"{prefix}outbox", f"{prefix}definitions")
+    names = ("wm", "due", "outbox", "definitions", "scored", "model", "model-deltas")
+    return PartitionKeys(prefix, *(f"{prefix}{name}" for name in names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +111,8 @@ class Watermark:
         Largest instant of the valid records below the watermark, ``None`` before the first.
     replayed_below : int
         Transitions of records below this offset carry ``replayed: true``.
+    checkpoint : int
+        Number of the model's last checkpoint of this partition, 0 for none.
     """
 
     owner: str
@@ -112,6 +122,7 @@ class Watermark:
     stream_time_ms: int | None
     definitions: str
     replayed_below: int
+    checkpoint: int = 0
 
     @classmethod
     def read(cls, fields: Mapping[str, str]) -> Watermark:
@@ -125,6 +136,7 @@ class Watermark:
             stream_time_ms=int(stream_time) if stream_time else None,
             definitions=fields["definitions"],
             replayed_below=int(fields["replayed_below"]),
+            checkpoint=int(fields.get("checkpoint", 0)),
         )
 
 
@@ -161,6 +173,10 @@ class Commit:
         Messages to publish after the commit.
     watermark, stream_time_ms, definitions, replayed_below
         New values of ``wm``; ``None`` leaves what is there.
+    scores : mapping of user_id to bytes or None
+        Next categories and recommendations, packed, of users who were scored; ``None`` forgets them.
+    scored_ms : int
+        The instant of the scoring.
     """
 
     profiles: Mapping[str, Profile] = field(default_factory=dict)
@@ -171,6 +187,8 @@ class Commit:
     stream_time_ms: int | None = None
     definitions: str | None = None
     replayed_below: int | None = None
+    scores: Mapping[str, bytes | None] = field(default_factory=dict)
+    scored_ms: int = 0
 
 
 def connect(url: str, *, timeout_s: float = 5.0) -> aioredis.Redis:
@@ -205,9 +223,9 @@ class ProfileStore:
     def __init__(self, client: aioredis.Redis, owner: str) -> None:
         # redis-py types every reply as a union of all that any client might return.
         self._redis: Any = client
-        self._owner = owner
-        self._claim = client.register_script(_script("claim.lua"))
-        self._commit = client.register_script(_script("commit.lua"))
+        self.owner = owner
+        self._claim = client.register_script(script_text("claim.lua"))
+        self._commit = client.register_script(script_text("commit.lua"))
 
     async def claim(
         self,
@@ -219,6 +237,7 @@ class ProfileStore:
         processed_below: int | None,
         replay_when_new: int | None,
         definitions: tuple[str, str],
+        model_on: bool = False,
     ) -> Claim:
         """Take a partition over under a new epoch, and say in ``sa:meta`` how to read what is stored.
 
@@ -233,7 +252,7 @@ class ProfileStore:
         names = keys(partition)
         pairs = identity.pairs()
         args: list[str | int] = [
-            self._owner,
+            self.owner,
             last_epoch,
             log_start,
             "" if processed_below is None else processed_below,
@@ -244,14 +263,15 @@ class ProfileStore:
         ]
         for name, value in pairs:
             args += [name, value]
-        with _unavailable("claim"):
+        with unavailable("claim"):
             reply = await self._claim(keys=[names.wm, names.definitions], args=args)
             code = reply[0].decode()
             if code == "OK":
                 flat = [item.decode() for item in reply[1]]
                 fields = dict(zip(flat[::2], flat[1::2], strict=True))
                 # Readers need it, and whoever emptied Redis took it along.
-                await self._redis.hset(META_KEY, mapping=dict(pairs))
+                meta = {**dict(pairs), "model": "on" if model_on else "off"}
+                await self._redis.hset(META_KEY, mapping=meta)
                 stored = await self._hash(names.definitions)
                 head = await self._redis.zrange(names.due, 0, 0, withscores=True)
                 return Claim(Watermark.read(fields), stored, int(head[0][1]) if head else None)
@@ -287,7 +307,7 @@ class ProfileStore:
         if not users:
             return {}, {}
         names = keys(partition)
-        with _unavailable("load"):
+        with unavailable("load"):
             blobs = await self._redis.mget([names.profile(user) for user in users])
         profiles: dict[str, Profile] = {}
         before: dict[str, Before] = {}
@@ -304,13 +324,21 @@ class ProfileStore:
                     "Find out what else writes to these keys, then run `stream-app rebuild`.",
                 ) from exc
             profiles[user] = profile
-            before[user] = Before(dict(profile.exits_at_ms), profile.next_exit_ms)
+            before[user] = Before(dict(profile.memberships), profile.next_exit_ms)
         return profiles, before
 
     async def due(self, partition: int, until_ms: int, limit: int) -> list[str]:
         """Return up to `limit` users whose next exit is at or before `until_ms`, earliest first."""
-        with _unavailable("due"):
+        with unavailable("due"):
             found = await self._redis.zrangebyscore(keys(partition).due, "-inf", until_ms, start=0, num=limit)
+        return [user.decode() for user in found]
+
+    async def scored_before(self, partition: int, until_ms: int, limit: int) -> list[str]:
+        """Return up to `limit` users whose last scoring was at or before `until_ms`, earliest first."""
+        with unavailable("scored"):
+            found = await self._redis.zrangebyscore(
+                keys(partition).scored, "-inf", until_ms, start=0, num=limit
+            )
         return [user.decode() for user in found]
 
     async def commit(self, partition: int, epoch: int, number: int, commit: Commit) -> int | None:
@@ -333,7 +361,7 @@ class ProfileStore:
             Redis did not answer as it should; the step may or may not have been made.
         """
         names = keys(partition)
-        script_keys = [names.wm, names.due, names.outbox, names.definitions]
+        script_keys = [names.wm, names.due, names.outbox, names.definitions, names.scored]
         args: list[bytes | str | int] = []
         member_index: dict[str, int] = {}
         changes: list[bytes | str | int] = []
@@ -346,19 +374,25 @@ class ProfileStore:
             if next_exit != (before.next_exit_ms if before else None):
                 due = "-" if next_exit is None else next_exit
             args += [user, pack(profile), commit.expires_at_ms.get(user, ""), due]
-            if profile.exits_at_ms == held:
+            memberships = profile.memberships
+            if memberships == held:
                 continue
-            for segment_id, exits_at in profile.exits_at_ms.items():
+            for segment_id, exits_at in memberships.items():
                 if held.get(segment_id) != exits_at:
                     index = member_index.setdefault(segment_id, len(member_index) + 1)
                     changes += [index, user, "+inf" if exits_at >= NEVER_MS else exits_at]
             for segment_id in held:
-                if segment_id not in profile.exits_at_ms:
+                if segment_id not in memberships:
                     index = member_index.setdefault(segment_id, len(member_index) + 1)
                     changes += [index, user, "-"]
         script_keys += [names.members(segment_id) for segment_id in member_index]
+        n_changes = len(changes) // 3
+        for user, scores in commit.scores.items():
+            script_keys.append(names.next(user))
+            expires_at_ms = commit.expires_at_ms.get(user, "")
+            changes += [user, "-" if scores is None else scores, commit.scored_ms, expires_at_ms]
         head: list[bytes | str | int] = [
-            self._owner,
+            self.owner,
             epoch,
             number - 1,
             "commit",
@@ -368,7 +402,8 @@ class ProfileStore:
             "" if commit.replayed_below is None else commit.replayed_below,
             len(commit.profiles),
             len(member_index),
-            len(changes) // 3,
+            n_changes,
+            len(commit.scores),
             len(commit.outbox),
         ]
         return await self._run(partition, script_keys, [*head, *args, *changes, *commit.outbox], number - 1)
@@ -376,16 +411,15 @@ class ProfileStore:
     async def trim(self, partition: int, epoch: int, number: int) -> int | None:
         """Drop the outbox of commit `number`, which is published; checks and errors of `commit`."""
         names = keys(partition)
-        args: list[bytes | str | int] = [self._owner, epoch, number, "trim", "", "", "", "", 0, 0, 0, 0]
-        return await self._run(
-            partition, [names.wm, names.due, names.outbox, names.definitions], args, number
-        )
+        args: list[bytes | str | int] = [self.owner, epoch, number, "trim", "", "", "", "", 0, 0, 0, 0, 0]
+        script_keys = [names.wm, names.due, names.outbox, names.definitions, names.scored]
+        return await self._run(partition, script_keys, args, number)
 
     async def outbox(self, partition: int) -> AsyncIterator[list[bytes]]:
         """Yield what is committed and not known to be published, in order, in pages of `OUTBOX_PAGE`."""
         first = "-"
         while True:
-            with _unavailable("read the outbox"):
+            with unavailable("read the outbox"):
                 page = await self._redis.xrange(keys(partition).outbox, min=first, count=OUTBOX_PAGE)
             if not page:
                 return
@@ -395,7 +429,7 @@ class ProfileStore:
     async def watermarks(self, partitions: Iterable[int]) -> dict[int, Watermark | None]:
         """Read the watermarks of some partitions, whoever owns them."""
         wanted = list(partitions)
-        with _unavailable("read watermarks"):
+        with unavailable("read watermarks"):
             found = [await self._hash(keys(p).wm) for p in wanted]
         return {
             p: Watermark.read(fields) if "epoch" in fields else None
@@ -404,17 +438,17 @@ class ProfileStore:
 
     async def outbox_length(self, partition: int) -> int:
         """Return how many messages are committed and not known to be published."""
-        with _unavailable("read the outbox"):
+        with unavailable("read the outbox"):
             return int(await self._redis.xlen(keys(partition).outbox))
 
     async def definitions(self, partition: int) -> set[str]:
         """Return the fingerprints of the segment sets that profiles of a partition may have."""
-        with _unavailable("read the definitions"):
+        with unavailable("read the definitions"):
             return {name.decode() for name in await self._redis.hkeys(keys(partition).definitions)}
 
     async def next_due_ms(self, partition: int) -> int | None:
         """Return the partition's earliest exit instant."""
-        with _unavailable("due"):
+        with unavailable("due"):
             head = await self._redis.zrange(keys(partition).due, 0, 0, withscores=True)
         return int(head[0][1]) if head else None
 
@@ -422,7 +456,7 @@ class ProfileStore:
         """Walk over all stored profiles once, as pages of (partition, user_id); a user may come twice."""
         cursor = 0
         while True:
-            with _unavailable("scan"):
+            with unavailable("scan"):
                 cursor, page = await self._redis.scan(cursor, match="sa:{*}:profile:*", count=count)
             users = []
             for raw in page:
@@ -445,7 +479,7 @@ class ProfileStore:
     async def _run(
         self, partition: int, script_keys: list[str], args: list[bytes | str | int], expected: int
     ) -> int | None:
-        with _unavailable("commit"):
+        with unavailable("commit"):
             reply = await self._commit(keys=script_keys, args=args)
         code = reply[0].decode()
         if code == "OK":
@@ -457,7 +491,7 @@ class ProfileStore:
         raise CommitMismatch(partition, stored=int(reply[1]), expected=expected)
 
 
-class _unavailable:  # noqa: N801 - reads as a phrase at its `with`
+class unavailable:  # noqa: N801 - reads as a phrase at its `with`
     """Translate what Redis raises: wrong credentials stop the worker, all else is retried by the caller."""
 
     def __init__(self, doing: str) -> None:
@@ -478,7 +512,7 @@ class _unavailable:  # noqa: N801 - reads as a phrase at its `with`
             raise StoreUnavailable(f"Redis, {self._doing}", f"{type(exc).__name__}: {exc}") from exc
 
 
-def _script(name: str) -> str:
+def script_text(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 

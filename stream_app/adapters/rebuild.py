@@ -17,7 +17,7 @@ from redis.exceptions import RedisError
 from stream_app.adapters.profile_store import META_KEY, keys
 from stream_app.errors import StoreUnavailable
 
-__all__ = ["forget_everything"]
+__all__ = ["forget_everything", "forget_model"]
 
 PAGE_KEYS: Final = 1000
 #: A glob's star takes braces and colons in, and user ids may hold both.
@@ -70,3 +70,35 @@ async def forget_everything(
     except (RedisError, OSError) as exc:
         raise StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}") from exc
     return deleted
+
+
+async def forget_model(client: aioredis.Redis, partitions: int) -> int:
+    """Delete what the next-category model has learned; profiles, memberships and watermarks stay.
+
+    Parameters
+    ----------
+    client : redis.asyncio.Redis
+    partitions : int
+        Partitions of the events topic.
+
+    Returns
+    -------
+    int
+        Partitions that had learned anything.
+
+    Raises
+    ------
+    StoreUnavailable
+        If Redis did not answer; run again, what is gone is gone.
+    """
+    redis: Any = client
+    forgotten = 0
+    try:
+        for partition in range(partitions):
+            names = keys(partition)
+            # The mark first: a worker refuses a partition that has learned and lost it.
+            await redis.hdel(names.wm, "checkpoint")
+            forgotten += int(await redis.delete(names.model, names.model_deltas)) > 0
+    except (RedisError, OSError) as exc:
+        raise StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}") from exc
+    return forgotten

@@ -150,7 +150,8 @@ async def _demo(
     from stream_app.commands.demo_screen import Board, display
     from stream_app.commands.topics import create_missing_topics
 
-    board = Board(tuple(segment.id for segment in settings.segments if segment.type == "base"))
+    filled = ("base", "discovery") if settings.model.enabled else ("base",)
+    board = Board(tuple(segment.id for segment in settings.segments if segment.type in filled))
     async with AsyncExitStack() as stack:
         with display(board, Console()) as shown:
             await create_missing_topics(settings.kafka, PARTITIONS)
@@ -262,8 +263,10 @@ async def _listen(settings: Settings, board: Board) -> None:
 async def _watch(settings: Settings, board: Board) -> None:
     """Follow what Redis says of the worker's progress."""
     from stream_app.adapters.profile_store import ProfileStore, connect
+    from stream_app.lookup import AsyncLookup
 
     store = ProfileStore(connect(settings.redis.url), "demo")
+    lookup = AsyncLookup(settings.redis.url)
     try:
         while True:
             unfinished = 0
@@ -282,8 +285,11 @@ async def _watch(settings: Settings, board: Board) -> None:
                 ),
                 unfinished=unfinished,
             )
+            if found and settings.model.enabled:
+                board.accuracy = (await lookup.accuracy()).tasks
             await asyncio.sleep(_LOOK_EVERY_S)
     finally:
+        await lookup.close()
         await store.close()
 
 
@@ -371,7 +377,7 @@ async def _running_worker(overrides: Mapping[str, str], arguments: Sequence[str]
 
 
 def _summarise(board: Board, outcome: Outcome) -> None:
-    from stream_app.commands.demo_screen import COLUMNS
+    from stream_app.commands.demo_screen import COLUMNS, accuracy_text
 
     click.echo(
         f"\n{outcome.acknowledged:,} events folded in {board.folding_s:.1f} s "
@@ -379,6 +385,8 @@ def _summarise(board: Board, outcome: Outcome) -> None:
     )
     click.echo(f"{board.transitions:,} transitions published and seen:\n")
     print_table(COLUMNS, board.rows())
+    if board.accuracy:
+        click.echo(f"\nmodel, {accuracy_text(board.accuracy)}")
 
 
 async def _keep(overrides: Mapping[str, str], worker: _Worker) -> None:
@@ -391,7 +399,7 @@ async def _keep(overrides: Mapping[str, str], worker: _Worker) -> None:
         f"\nEverything stays up until Ctrl-C. In another terminal, in this directory:\n\n{exports}\n\n"
         "stream-app segments list              # who is in, by segment\n"
         "stream-app segments members ID        # and who exactly\n"
-        "stream-app show USER                  # what is known of one user, now\n"
+        "stream-app show USER                  # what is known of one user, now, and expected next\n"
         "stream-app replay FILE                # more events"
     )
     ended = asyncio.create_task(worker.ended())

@@ -49,6 +49,8 @@ class Board:
     unfinished
         Messages that the worker has yet to publish, and partitions with exits that are due; None: not
         looked yet.
+    accuracy
+        How good the model's last predictions were, by task; see `stream_app.lookup`. Empty before the first.
     """
 
     segments: Sequence[str]
@@ -62,6 +64,7 @@ class Board:
     last: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN_TRANSITIONS))
     transitions: int = 0
     unfinished: int | None = None
+    accuracy: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     began_s: float = field(default_factory=time.monotonic)
     folding_since_s: float | None = None
     finished_s: float | None = None
@@ -75,7 +78,8 @@ class Board:
         sign = "+" if status == "entered" else "-"
         line = (
             f"{transition['time'][:16].replace('T', ' ')}  {sign} {transition['user_id']} {status} "
-            f"{segment_id} ({cause}, weight {transition['weight']:.2f}{until.replace('T', ' ')})"
+            f"{segment_id} ({cause}, weight {transition['weight']:.2f}{until.replace('T', ' ')}"
+            f"{_expectation(transition)})"
         )
         self.last.append(line)
         alike = sum(n for (_, *kind), n in self.counts.items() if kind == [status, cause])
@@ -130,7 +134,7 @@ class Board:
         return time.strftime("%Y-%m-%d", time.gmtime(self.stream_time_ms / 1000))
 
     def rows(self) -> list[Sequence[str | int]]:
-        """Give one row per segment: id, members, enters by event and decay, exits by event and decay."""
+        """Give one row per segment: id, members, enters by cause, exits by cause."""
         return [
             (
                 segment_id,
@@ -138,14 +142,42 @@ class Board:
                 *(
                     self.count(segment_id, status, cause)
                     for status in ("entered", "exited")
-                    for cause in ("event", "decay")
+                    for cause in CAUSES
                 ),
             )
             for segment_id in self.segments
         ]
 
 
-COLUMNS: Final = ("segment", "members", "entered: event", "decay", "exited: event", "decay")
+def _expectation(transition: Mapping[str, Any]) -> str:
+    """Say what a discovery transition is about: what is expected of the user, or whether he did it."""
+    prediction = transition.get("prediction")
+    if prediction is not None:
+        return f", next: {prediction['label']}"
+    return ", converted" if transition.get("converted") else ""
+
+
+def accuracy_text(accuracy: Mapping[str, Mapping[str, float]]) -> str:
+    """Say in one line how good the last predictions of a first engagement were.
+
+    Examples
+    --------
+    >>> figures = {"examples": 900, "hit@1": 0.05, "hit@10": 0.3, "mrr": 0.12, "popularity_mrr": 0.1}
+    >>> accuracy_text({"discovery": figures})
+    'last 900 first engagements: hit@1 5.0 %, hit@10 30.0 %, MRR 0.120 (by popularity alone 0.100)'
+    """
+    figures = accuracy.get("discovery", {})
+    if not figures.get("examples"):
+        return "no first engagements predicted yet"
+    return (
+        f"last {figures['examples']:,.0f} first engagements: hit@1 {figures['hit@1']:.1%}, "
+        f"hit@10 {figures['hit@10']:.1%}, MRR {figures['mrr']:.3f} "
+        f"(by popularity alone {figures['popularity_mrr']:.3f})"
+    ).replace("%", " %")
+
+
+CAUSES: Final = ("event", "decay", "model")
+COLUMNS: Final = ("segment", "members", "entered: event", "decay", "model", "exited: event", "decay", "model")
 
 
 class Display(Protocol):
@@ -204,6 +236,8 @@ class _Lines:
                 f"{board.clock}: {board.sent:,} events sent, {board.folded:,} folded "
                 f"({board.events_per_s:,.0f}/s), {board.transitions:,} transitions"
             )
+            if board.accuracy:
+                self._print(f"model, {accuracy_text(board.accuracy)}")
 
     def _print(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -241,8 +275,9 @@ def draw(board: Board) -> Panel:
         last.append(line + "\n", style="green" if "  + " in line else "red")
     bar = Table.grid(expand=True)  # a bar by itself does not end its line
     bar.add_row(ProgressBar(total=1.0, completed=board.share_folded or 0.0, pulse=board.share_folded is None))
+    model = Text(f"model, {accuracy_text(board.accuracy)}" if board.accuracy else "", style="magenta")
     return Panel(
-        Group(numbers, bar, table, Text(), last),
+        Group(numbers, bar, table, model, Text(), last),
         title=f"stream-app demo: {board.stage}",
         title_align="left",
     )

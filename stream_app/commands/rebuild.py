@@ -22,10 +22,13 @@ PATIENCE_S = 3.0
 LOOK_EVERY_S = 0.5
 
 
-@click.command(epilog=closing("stream-app rebuild", "stream-app rebuild --yes"))
+@click.command(epilog=closing("stream-app rebuild", "stream-app rebuild --yes", "stream-app rebuild --model"))
 @click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option(
+    "--model", is_flag=True, help="Forget only what the next-category model has learned; it begins afresh."
+)
 @configured
-def rebuild(yes: bool, config: Path | None, segments: Path | None) -> int:
+def rebuild(yes: bool, model: bool, config: Path | None, segments: Path | None) -> int:
     """Forget this service's Redis keys; the next worker folds the log from its beginning.
 
     Needed after a change of half-lives, action weights or floor, which are part of what is stored. What the
@@ -33,11 +36,22 @@ def rebuild(yes: bool, config: Path | None, segments: Path | None) -> int:
     second time says `"replayed": true`.
 
     Refuses while the group has members, after waiting as long as a killed worker counts as one: stop the
-    workers first. Broken off, it is run again; until it is
-    through, workers refuse to start.
+    workers first. Broken off, it is run again; until it is through, workers refuse to start.
+
+    With --model, only what the next-category model has learned is forgotten, for instance a checkpoint that
+    this version cannot read. Profiles and segments stay as they are, and nothing is folded again.
     """
     settings = read_settings(config, segments)
     partitions, held = asyncio.run(_survey(settings))
+    if model:
+        if not yes:
+            question = f"Delete what the model has learned in {settings.redis.redacted_url}?"
+            click.confirm(question, abort=True, err=True)
+        forgotten = asyncio.run(_forget_model(settings, partitions))
+        click.echo(
+            f"Forgotten in {forgotten} partitions; the next worker learns from its watermark on.", err=True
+        )
+        return 0
     click.echo(held, err=True)
     if not yes:
         click.confirm(f"Delete all keys sa:* in {settings.redis.redacted_url}?", abort=True, err=True)
@@ -77,6 +91,17 @@ async def _survey(settings: Settings) -> tuple[int, str]:
     kept = "without limit" if retention_ms < 0 else f"for {duration_text(retention_ms)}"
     held = f"The log holds up to {records} records in {partitions} partitions and keeps them {kept}"
     return partitions, f"{held}; {gone} are gone."
+
+
+async def _forget_model(settings: Settings, partitions: int) -> int:
+    from stream_app.adapters.profile_store import connect
+    from stream_app.adapters.rebuild import forget_model
+
+    client = connect(settings.redis.url)
+    try:
+        return await forget_model(client, partitions)
+    finally:
+        await client.aclose()
 
 
 async def _forget(settings: Settings, partitions: int) -> int:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -42,7 +43,7 @@ def check(as_json: bool, config: Path | None, segments: Path | None) -> int:
     Says what is wrong with segments.toml under the weights of app.toml (exit code 2), and what is allowed but
     probably not meant: a segment that one event can never enter, one that excludes all of its own members.
     """
-    from stream_app.core.segment_advice import advice
+    from stream_app.core.segment_advice import Advice, advice
     from stream_app.settings import load_settings
 
     try:
@@ -52,6 +53,9 @@ def check(as_json: bool, config: Path | None, segments: Path | None) -> int:
             print_json({"problems": list(error.problems), "segments": [], "advice": []})
         raise
     hints = advice(settings.segments, settings.weights.core)
+    if not settings.model.enabled:
+        text = "stays empty while [model] enabled is false"
+        hints += [Advice(s.id, "type", text) for s in settings.segments if s.type == "discovery"]
     if as_json:
         print_json(
             {
@@ -82,27 +86,62 @@ def check(as_json: bool, config: Path | None, segments: Path | None) -> int:
 @json_output
 @configured
 def list_(as_json: bool, config: Path | None, segments: Path | None) -> int:
-    """List the segments with how many users are in them now."""
+    """List the segments with how many users are in them now.
+
+    Of discovery segments it says how well first engagements of their labels were predicted lately, each
+    before the model had learned from it: how often one of them was among the first ten of all labels that
+    the user had not engaged (hit@10), and the mean of 1/rank (MRR).
+    """
     from stream_app.lookup import Lookup
 
     settings = read_settings(config, segments)
     with Lookup(settings.redis.url) as lookup:
         counts = {segment.id: lookup.member_count(segment.id) for segment in settings.segments}
+        accuracy = lookup.accuracy()
     if as_json:
         print_json(
             {
                 "segments": [
-                    {**asdict(segment), "version": segment.version, "members": counts[segment.id]}
+                    {
+                        **asdict(segment),
+                        "version": segment.version,
+                        "members": counts[segment.id],
+                        "accuracy": accuracy.segments.get(segment.id),
+                    }
                     for segment in settings.segments
-                ]
+                ],
+                "accuracy": accuracy.tasks,
             }
         )
         return 0
     print_table(
-        ["segment", "members", "name", "criteria"],
-        [[s.id, counts[s.id], s.name, _row(s)[2]] for s in settings.segments],
+        ["segment", "members", "name", "criteria", "predicted"],
+        [
+            [s.id, counts[s.id], s.name, _row(s)[2], _predicted(s, accuracy.segments.get(s.id))]
+            for s in settings.segments
+        ],
     )
+    for task, name in (("next", "next category"), ("discovery", "first engagement")):
+        figures = accuracy.tasks.get(task, {})
+        if figures.get("examples"):
+            click.echo(
+                f"\nmodel, {name}, last {figures['examples']:,.0f}: hit@1 {figures['hit@1']:.3f}, "
+                f"hit@5 {figures['hit@5']:.3f}, hit@10 {figures['hit@10']:.3f}, MRR {figures['mrr']:.3f} "
+                f"(by popularity {figures['popularity_mrr']:.3f}, Markov {figures['markov_mrr']:.3f}), "
+                f"log loss {figures['log_loss']:.3f}, ECE {figures['ece']:.3f}",
+                nl=False,
+            )
+    if accuracy.tasks:
+        click.echo()
     return 0
+
+
+def _predicted(segment: Segment, figures: Mapping[str, float] | None) -> str:
+    if segment.type != "discovery":
+        return "-"
+    if not figures or not figures["examples"]:
+        return "nothing yet"
+    return f"hit@10 {figures['hit@10']:.3f}, MRR {figures['mrr']:.3f} of {figures['examples']:,.0f}"
 
 
 @segments.command(epilog=closing("stream-app segments members snackers --limit 20"))
@@ -134,11 +173,14 @@ def members(
 
 
 def _row(segment: Segment) -> list[str]:
+    from stream_app.core.discovery import exit_weight_of
+
+    is_base = segment.type == "base"
     criteria = []
     if segment.labels:
-        criteria.append(f"{segment.match_labels} of {len(segment.labels)} labels")
+        criteria.append(f"{segment.match_labels if is_base else 'all'} of {len(segment.labels)} labels")
     if segment.asset_ids:
-        criteria.append(f"{segment.match_assets} of {len(segment.asset_ids)} assets")
+        criteria.append(f"{segment.match_assets if is_base else 'any'} of {len(segment.asset_ids)} assets")
     if segment.event_types:
         criteria.append("types " + ", ".join(segment.event_types))
     exit_weight = segment.min_weight if segment.exit_weight is None else segment.exit_weight
@@ -146,8 +188,8 @@ def _row(segment: Segment) -> list[str]:
         segment.id,
         segment.type,
         " and ".join(criteria),
-        _threshold(segment.min_weight),
-        _threshold(exit_weight),
+        _threshold(segment.min_weight) if is_base else f"{segment.min_weight:g}",
+        _threshold(exit_weight) if is_base else f"{exit_weight_of(segment):g}",
         ", ".join(segment.exclude) or "-",
     ]
 

@@ -17,7 +17,6 @@ item.
 import hashlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from heapq import heapify, heappop, heappush
 from math import inf
 from typing import Literal
@@ -31,19 +30,18 @@ from stream_app.core.decay import (
     crossing_ms,
     weight_at,
 )
+from stream_app.core.discovery import convert, end_leases, leave_undefined
 from stream_app.core.event import Event
 from stream_app.core.profile import REMEMBERED_IDS, Profile, TypeSums
 from stream_app.core.segment_set import Bucket, Criterion, Index, Kind, Rule, SegmentSet
+from stream_app.core.transition import Cause, Transition, exits_first, transition_id
 
 __all__ = [
     "MAX_ASSETS",
     "MAX_EVENT_TYPES",
     "MAX_LABELS",
-    "Cause",
     "Fold",
-    "Transition",
     "event_digest",
-    "transition_id",
 ]
 
 MAX_LABELS = 512
@@ -54,77 +52,6 @@ MAX_EVENT_TYPES = 64
 _PRUNE_EVERY = 64
 _FAINT = 1e-3
 """Every 64th event drops the keys that weigh less than this part of the history floor."""
-
-
-class Cause(StrEnum):
-    """Why a membership changed."""
-
-    EVENT = "event"
-    DECAY = "decay"
-    MODEL = "model"
-    DEFINITION = "definition"
-    ERASURE = "erasure"
-
-
-@dataclass(frozen=True, slots=True)
-class Transition:
-    """A user entered or left a segment.
-
-    Parameters
-    ----------
-    id
-        Of this transition; the same whenever the same log is folded again.
-    user_id, segment_id
-        Who, and what.
-    segment_type, segment_version
-        Of the definition that decided.
-    status
-        What happened.
-    cause
-        Why.
-    seq
-        The number of the user's transitions in this segment, from 1: odd enters, even leaves.
-    time_ms
-        When, milliseconds since the epoch; for an exit by decay the exact instant of it.
-    weight
-        The segment's weight at that instant.
-    min_weight
-        As defined.
-    exits_at_ms
-        When the user will leave if nothing happens; `None` for an exit, and for what lasts past the year
-        9999.
-    event_id, offset
-        The record that caused it, `None` unless the cause is an event.
-    """
-
-    id: str
-    user_id: str
-    segment_id: str
-    segment_type: str
-    segment_version: str
-    status: Literal["entered", "exited"]
-    cause: Cause
-    seq: int
-    time_ms: int
-    weight: float
-    min_weight: float
-    exits_at_ms: int | None
-    event_id: str | None
-    offset: int | None
-
-
-def transition_id(user_id: str, segment_id: str, time_ms: int, seq: int) -> str:
-    """Return the id of a transition: 16 bytes of SHA-256, in hex, over what makes it unique.
-
-    Zero bytes join the parts, and none of them can hold one, so different transitions are different texts.
-
-    Examples
-    --------
-    >>> transition_id("u1", "swim", 1_767_323_045_678, 1)
-    '3dcaf06fb9f41f7f8fa990bb523322b7'
-    """
-    text = f"{user_id}\0{segment_id}\0{time_ms}\0{seq}"
-    return hashlib.sha256(text.encode()).digest()[:16].hex()
 
 
 def event_digest(event_id: str) -> bytes:
@@ -151,6 +78,9 @@ class Fold:
         The definitions. Only base segments are decided here.
     weights
         The settings under which the profiles' sums are stored.
+    keeps_seen
+        Whether profiles note when each label was last engaged, which the next-category model reads. Changes
+        nothing else.
 
     Examples
     --------
@@ -169,6 +99,7 @@ class Fold:
 
     segments: SegmentSet
     weights: Weights
+    keeps_seen: bool = False
 
     def apply(
         self, profile: Profile | None, event: Event, stream_time_ms: int, offset: int | None = None
@@ -213,21 +144,29 @@ class Fold:
         else:
             if profile.last_transition_ms is not None and profile.last_transition_ms > at_ms:
                 at_ms = profile.last_transition_ms
-            if profile.definitions != self.segments.fingerprint or (
-                profile.exits_at_ms and min(profile.exits_at_ms.values()) <= at_ms
+            if (
+                profile.discovery
+                or profile.definitions != self.segments.fingerprint
+                or (profile.exits_at_ms and min(profile.exits_at_ms.values()) <= at_ms)
             ):
                 transitions = self.expire(profile, at_ms)  # step 1
             if at_ms > profile.forget_ms and not profile.exits_at_ms:
+                transitions += end_leases(profile, self.segments, at_ms, NEVER_MS)
                 profile = self._new_profile(event.user_id, at_ms)  # step 2
         digest = event_digest(event.event_id)
         if digest in profile.recent_ids:  # step 3
             return profile, transitions
         if self._add(profile, event, at_ms):  # step 4
             candidates = self._touch(profile, event, at_ms)
-            if candidates:
-                transitions += self._settle(
-                    profile, at_ms, candidates, (), Cause.EVENT, event.event_id, offset
-                )
+            caused = (
+                self._settle(profile, at_ms, candidates, (), Cause.EVENT, event.event_id, offset)
+                if candidates
+                else []
+            )
+            if profile.discovery:
+                caused += convert(profile, event, self.segments, at_ms, offset)
+                caused.sort(key=exits_first)
+            transitions += caused
         profile.recent_ids.append(digest)
         if len(profile.recent_ids) > REMEMBERED_IDS:
             del profile.recent_ids[0]
@@ -248,7 +187,8 @@ class Fold:
         Returns
         -------
         list of Transition
-            Instant by instant, with cause decay, may be empty.
+            Of base segments, instant by instant, with cause decay; then of discovery segments whose lease has
+            run out, with cause model. May be empty.
 
         Raises
         ------
@@ -266,6 +206,8 @@ class Fold:
             due = [segment_id for segment_id, exit_ms in exits.items() if exit_ms <= instant_ms]
             positions = [self.segments.rule_by_id[segment_id].position for segment_id in due]
             transitions += self._settle(profile, instant_ms, positions, due, Cause.DECAY)
+        if profile.discovery:
+            transitions += end_leases(profile, self.segments, until_ms, until_ms)
         return transitions
 
     def redefine(self, profile: Profile, at_ms: int, old: SegmentSet) -> list[Transition]:
@@ -275,6 +217,9 @@ class Fold:
         2. Members of segments that are gone leave; the numbering goes on should one come back.
         3. All other members stay if they are above the new exit threshold.
         4. Everyone else is let in as after an event.
+
+        Discovery segments follow the next scoring, at the latest when the lease ends; members of one that is
+        gone leave here.
 
         Parameters
         ----------
@@ -307,6 +252,7 @@ class Fold:
                 rule = old.rule_by_id[segment_id]
                 weight, _ = self._standing(profile, rule, at_ms)
                 changed.append(self._leave(profile, rule, at_ms, weight, Cause.DEFINITION))
+        changed += leave_undefined(profile, self.segments, old, at_ms)
         due = []
         for segment_id in profile.exits_at_ms:  # step 3
             _, exit_ms = self._standing(profile, rule_by_id[segment_id], at_ms)
@@ -316,7 +262,7 @@ class Fold:
         positions = self._concerned(profile)  # step 4
         positions.update(rule_by_id[segment_id].position for segment_id in profile.exits_at_ms)
         changed += self._settle(profile, at_ms, positions, due, Cause.DEFINITION)
-        changed.sort(key=_exits_first)
+        changed.sort(key=exits_first)
         profile.definitions = self.segments.fingerprint
         return transitions + changed
 
@@ -337,6 +283,8 @@ class Fold:
                 self._rebase(profile, at_ms)
                 age_ms = event.event_time_ms - at_ms
         amount *= 2.0 ** (age_ms / half_life_ms)
+        if self.keeps_seen and not profile.seen_ms and profile.applied:
+            self._begin_seen(profile)
         sums = profile.weights.get(event_type)
         if sums is None:
             sums = profile.weights[event_type] = TypeSums()
@@ -346,7 +294,21 @@ class Fold:
             labels[label] = labels.get(label, 0.0) + amount
         if event.asset_id is not None:
             sums.assets[event.asset_id] = sums.assets.get(event.asset_id, 0.0) + amount
+        if self.keeps_seen:
+            seen_ms = profile.seen_ms
+            for label in event.labels:
+                before_ms = seen_ms.pop(label, event.event_time_ms)
+                seen_ms[label] = max(before_ms, event.event_time_ms)
+        elif profile.seen_ms:
+            # Of a time when the model was on; no longer kept, so no longer true.
+            profile.seen_ms = {}
         return True
+
+    def _begin_seen(self, profile: Profile) -> None:
+        """Take over what was engaged while the model was off, at an instant that is not known better."""
+        profile.seen_ms.update(
+            (label, profile.landmark_ms) for sums in profile.weights.values() for label in sums.labels
+        )
 
     def _rebase(self, profile: Profile, landmark_ms: int) -> None:
         """Move the landmark of a profile; no weight changes, to the precision of a float."""
@@ -490,7 +452,7 @@ class Fold:
                 if dependent not in seen:
                     seen.add(dependent)
                     heappush(waiting, dependent)
-        found.sort(key=_exits_first)
+        found.sort(key=exits_first)
         return found
 
     def _enter(
@@ -602,6 +564,7 @@ class Fold:
         """
         if profile.applied % _PRUNE_EVERY == 0:
             self._drop_faint(profile, at_ms)
+            _forget_seen(profile)
         label_count = asset_count = 0
         for sums in profile.weights.values():
             label_count += len(sums.labels)
@@ -609,10 +572,12 @@ class Fold:
         # Each counts keys, of which there are at least as many as distinct items.
         if label_count > MAX_LABELS:
             self._cap_items(profile, "label", MAX_LABELS, self.segments.named_labels, at_ms)
+            _forget_seen(profile)
         if asset_count > MAX_ASSETS:
             self._cap_items(profile, "asset", MAX_ASSETS, self.segments.named_assets, at_ms)
         if len(profile.weights) > MAX_EVENT_TYPES:
             self._cap_event_types(profile, at_ms)
+            _forget_seen(profile)
         largest: dict[float, float] = {}  # by half-life: of equal half-lives the largest sum lasts longest
         for name, sums in profile.weights.items():
             half_life_ms = self.weights.half_life_ms(name)
@@ -679,6 +644,15 @@ class Fold:
         return float(2.0 ** ((profile.landmark_ms - at_ms) / self.weights.half_life_ms(event_type)))
 
 
+def _forget_seen(profile: Profile) -> None:
+    """Drop the instants of labels that no longer have a sum."""
+    seen_ms = profile.seen_ms
+    if seen_ms:
+        held = set().union(*(sums.labels for sums in profile.weights.values()))
+        if len(held) < len(seen_ms):
+            profile.seen_ms = {label: instant_ms for label, instant_ms in seen_ms.items() if label in held}
+
+
 def _surplus(weights: dict[str, float], cap: int, named: Collection[str]) -> list[str]:
     """Return what to drop so that 7/8 of a cap remain: smallest first, ties by name, nothing named.
 
@@ -693,10 +667,6 @@ def _surplus(weights: dict[str, float], cap: int, named: Collection[str]) -> lis
         return []
     free = sorted((weight, item) for item, weight in weights.items() if item not in named)
     return [item for _, item in free[: len(weights) - cap * 7 // 8]]
-
-
-def _exits_first(transition: Transition) -> tuple[bool, str]:
-    return transition.status == "entered", transition.segment_id
 
 
 def _transition(

@@ -7,12 +7,22 @@ when a profile changes (that is `fold`) or where it is kept.
 import struct
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Any
 
 import msgpack
 
 from stream_app.core.decay import NEVER_MS, Weights
 
-__all__ = ["REMEMBERED_IDS", "SCHEMA_VERSION", "Profile", "TypeSums", "pack", "unpack", "weights_at"]
+__all__ = [
+    "REMEMBERED_IDS",
+    "SCHEMA_VERSION",
+    "Discovery",
+    "Profile",
+    "TypeSums",
+    "pack",
+    "unpack",
+    "weights_at",
+]
 
 SCHEMA_VERSION = 1
 REMEMBERED_IDS = 32
@@ -21,6 +31,7 @@ REMEMBERED_IDS = 32
 _ID_BYTES = 8
 _IDS = tuple(struct.Struct(f"{_ID_BYTES}s" * count) for count in range(REMEMBERED_IDS + 1))
 _FIELDS = 9
+"""How many fields every profile has; `s` and `p` may follow."""
 
 
 @dataclass(slots=True)
@@ -40,6 +51,31 @@ class TypeSums:
     total: float = 0.0
     labels: dict[str, float] = field(default_factory=dict)
     assets: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Discovery:
+    """A user's standing in one discovery segment, now or once.
+
+    Parameters
+    ----------
+    seq
+        The number of the user's transitions in the segment: odd for a member.
+    time_ms
+        The instant of the last of them, milliseconds since the epoch.
+    exits_at_ms
+        The end of the lease: a member who is not scored again until then leaves. `None` for who is not in.
+    labels
+        What the recommendation promised that let the user in, or kept him in; empty for who is not in.
+    score
+        Its growth weight at the last scoring; 0 for who is not in.
+    """
+
+    seq: int
+    time_ms: int
+    exits_at_ms: int | None = None
+    labels: tuple[str, ...] = ()
+    score: float = 0.0
 
 
 @dataclass(slots=True)
@@ -68,6 +104,12 @@ class Profile:
         The instant of the last transition, `None` before the first.
     definitions
         Fingerprint of the segment set that the memberships were last evaluated under.
+    seen_ms
+        Maps each label that has a sum to the instant of the last engagement, the latest engaged at the end.
+        Kept with the next-category model only, else empty.
+    discovery
+        Maps segment id to the standing in a discovery segment. Apart from the other memberships, so that
+        nothing about base segments can hang on the model.
     """
 
     user_id: str
@@ -80,15 +122,29 @@ class Profile:
     forget_ms: int = 0
     last_transition_ms: int | None = None
     definitions: str = ""
+    seen_ms: dict[str, int] = field(default_factory=dict)
+    discovery: dict[str, Discovery] = field(default_factory=dict)
+
+    @property
+    def memberships(self) -> dict[str, int]:
+        """What the user is in, base and discovery, with the instant of leaving; not to be changed."""
+        if not self.discovery:
+            return self.exits_at_ms
+        leases = {
+            segment_id: state.exits_at_ms
+            for segment_id, state in self.discovery.items()
+            if state.exits_at_ms is not None
+        }
+        return {**self.exits_at_ms, **leases}
 
     @property
     def next_exit_ms(self) -> int | None:
         """The earliest instant at which the user leaves a segment, `None` if there is none."""
-        earliest = min(self.exits_at_ms.values(), default=NEVER_MS)
+        earliest = min(self.memberships.values(), default=NEVER_MS)
         return earliest if earliest < NEVER_MS else None
 
     def is_member(self, segment_id: str) -> bool:
-        """Tell whether the user is in a segment."""
+        """Tell whether the user is in a base segment."""
         return segment_id in self.exits_at_ms
 
 
@@ -117,6 +173,11 @@ def pack(profile: Profile) -> bytes:
         ``f``   int, the forget instant
         ``t``   int, the instant of the last transition, or nil
         ``d``   str, the fingerprint of the segment definitions
+        ``s``   only with the next-category model: map of each label in ``w`` to the instant of its last
+                engagement, the latest engaged last
+        ``p``   only for who was ever in a discovery segment: map of segment id to [seq, end of the lease,
+                labels, growth weight, instant of the last transition]; lease and labels nil and weight 0
+                for a user who is not in it
         ======  ===========================================================================================
 
     Examples
@@ -128,7 +189,7 @@ def pack(profile: Profile) -> bytes:
     {'swimwear': 1.5}
     """
     exits = profile.exits_at_ms
-    document = {
+    document: dict[str, Any] = {
         "v": SCHEMA_VERSION,
         "l": profile.landmark_ms,
         "w": {
@@ -141,6 +202,13 @@ def pack(profile: Profile) -> bytes:
         "t": profile.last_transition_ms,
         "d": profile.definitions,
     }
+    if profile.seen_ms:
+        document["s"] = profile.seen_ms
+    if profile.discovery:
+        document["p"] = {
+            segment_id: (state.seq, state.exits_at_ms, state.labels or None, state.score, state.time_ms)
+            for segment_id, state in profile.discovery.items()
+        }
     packed: bytes = msgpack.packb(document)
     return packed
 
@@ -171,6 +239,11 @@ def unpack(user_id: str, blob: bytes) -> Profile:
     """
     try:
         document = msgpack.unpackb(blob)
+        seen_ms: dict[str, int] = {}
+        discovery: dict[str, Discovery] = {}
+        if type(document) is dict and len(document) > _FIELDS:
+            seen_ms = _seen_ms(document.pop("s", seen_ms))
+            discovery = _discovery(document.pop("p", {}))
         if type(document) is not dict or len(document) != _FIELDS or document["v"] != SCHEMA_VERSION:
             got = document if type(document) is dict else {}
             raise ValueError(
@@ -188,7 +261,11 @@ def unpack(user_id: str, blob: bytes) -> Profile:
         seqs = {}
         exits_at_ms = {}
         for segment_id, (seq, exit_ms) in document["m"].items():
-            if type(seq) is not int or seq < 1 or (seq & 1 == 1) != (type(exit_ms) is int):
+            if (
+                type(seq) is not int
+                or seq < 1
+                or (type(exit_ms) is not int if seq & 1 else exit_ms is not None)
+            ):
                 raise ValueError(
                     f"expected in m an odd seq with an instant or an even one without, got {(seq, exit_ms)!r}"
                 )
@@ -218,10 +295,41 @@ def unpack(user_id: str, blob: bytes) -> Profile:
             forget_ms,
             last_transition_ms,
             definitions,
+            seen_ms,
+            discovery,
         )
     except (ValueError, TypeError, LookupError, AttributeError, struct.error, msgpack.UnpackException) as exc:
         # Without the user: the message may be logged.
         raise ValueError(f"not a profile: {exc}") from exc
+
+
+def _seen_ms(stored: dict[str, int]) -> dict[str, int]:
+    """Return the field `s` as it came, after a look at it."""
+    "".join(stored)
+    if not all(type(instant_ms) is int for instant_ms in stored.values()):
+        raise ValueError("expected integers in s, got others")
+    return stored
+
+
+def _discovery(stored: dict[str, list[Any]]) -> dict[str, Discovery]:
+    """Read the field `p`."""
+    "".join(stored)
+    found = {}
+    for segment_id, (seq, exits_at_ms, labels, score, time_ms) in stored.items():
+        if type(seq) is not int or seq < 1 or type(time_ms) is not int or type(score) is not float:
+            raise ValueError("expected in p a seq, a weight and an instant, got others")
+        if seq & 1:
+            known = type(exits_at_ms) is int and type(labels) is list and len(labels) > 0 and isfinite(score)
+            "".join(labels or ())
+        else:
+            known = exits_at_ms is None and labels is None and score == 0.0
+        if not known:
+            raise ValueError(
+                "expected in p an odd seq with a lease, labels and a finite weight, or an even one without, "
+                f"got {(seq, exits_at_ms, score, time_ms)!r}"
+            )
+        found[segment_id] = Discovery(seq, time_ms, exits_at_ms, tuple(labels or ()), score)
+    return found
 
 
 def weights_at(profile: Profile, weights: Weights, now_ms: int) -> dict[str, TypeSums]:

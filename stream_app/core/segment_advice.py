@@ -75,6 +75,26 @@ def advice(segments: Sequence[Segment], weights: Weights) -> list[Advice]:
             if other in base and _always_holds_with(base[other], segment, weights):
                 text = f"who meets its criteria also meets those of {shown(other)}: nobody ever enters"
                 found.append(Advice(segment.id, "exclude", text))
+    for segment in segments:
+        if segment.type == "discovery":
+            found.extend(_discovery_advice(segment))
+    return found
+
+
+def _discovery_advice(segment: Segment) -> list[Advice]:
+    """Say what a discovery segment does not know, or never reaches."""
+    found = []
+    if segment.min_weight > 1:
+        text = (
+            f"growth weights are probabilities, so {segment.min_weight:g} is never reached; "
+            "see what `stream-app show USER` prints and begin with 0.05"
+        )
+        found.append(Advice(segment.id, "min_weight", text))
+    for key, match in (("match_labels", segment.match_labels), ("match_assets", segment.match_assets)):
+        if match == "any":
+            continue
+        text = "has no meaning for discovery: all labels and any asset of one recommendation count"
+        found.append(Advice(segment.id, key, text))
     return found
 
 

@@ -13,11 +13,31 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stream_app.core.event import Record
-from stream_app.core.fold import Fold, Transition
+from stream_app.core.fold import Fold
 from stream_app.core.profile import Profile
 from stream_app.core.segment_set import SegmentSet
+from stream_app.core.transition import Transition
 
-__all__ = ["StepResult", "fold_slice"]
+__all__ = ["Applied", "StepResult", "fold_slice"]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A record that was no duplicate.
+
+    Parameters
+    ----------
+    record
+        As read.
+    at_ms
+        R, the instant at which it took effect.
+    fresh
+        Whether the user's profile began with it, for the first time or anew.
+    """
+
+    record: Record
+    at_ms: int
+    fresh: bool
 
 
 @dataclass(slots=True)
@@ -32,11 +52,14 @@ class StepResult:
         In the order of the log.
     stream_time_ms
         S after the slice, `None` while no valid record has been seen.
+    applied
+        The records that were no duplicates, in the order of the log.
     """
 
     profiles: dict[str, Profile]
     transitions: list[Transition]
     stream_time_ms: int | None
+    applied: list[Applied]
 
 
 def fold_slice(
@@ -88,6 +111,7 @@ def fold_slice(
     """
     changed: dict[str, Profile] = {}
     transitions: list[Transition] = []
+    applied: list[Applied] = []
     fingerprint = fold.segments.fingerprint
     for record in records:
         event = record.event
@@ -104,9 +128,14 @@ def fold_slice(
                 )
             transitions += fold.redefine(profile, before_ms, old[profile.definitions])
             changed[event.user_id] = profile
-        applied = None if profile is None else profile.applied
+        applied_before = None if profile is None else profile.applied
         after, caused = fold.apply(profile, event, stream_time_ms, record.offset)
-        if after is not profile or after.applied != applied or caused:
-            profiles[event.user_id] = changed[event.user_id] = after
-            transitions += caused
-    return StepResult(changed, transitions, stream_time_ms)
+        fresh = after is not profile
+        if fresh or after.applied != applied_before:
+            at_ms = max(stream_time_ms, after.last_transition_ms or stream_time_ms)
+            applied.append(Applied(record, at_ms, fresh))
+        elif not caused:
+            continue
+        profiles[event.user_id] = changed[event.user_id] = after
+        transitions += caused
+    return StepResult(changed, transitions, stream_time_ms, applied)

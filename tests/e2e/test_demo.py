@@ -72,7 +72,7 @@ def test_the_demo_shows_enters_and_exits_and_leaves_nothing_running(
         )
     assert re.search(rf"^{EVENTS:,} events folded in .* lag 0; 0 lines refused\.$", out, re.MULTILINE)
     assert "20 transitions published and seen:" in out
-    assert re.search(r"^snackers +0 +10 +0 +0 +10$", out, re.MULTILINE)
+    assert re.search(r"^snackers +0 +10 +0 +0 +0 +10 +0$", out, re.MULTILINE)
     assert re.search(r"  \+ u\d entered snackers \(event, weight 3\.\d\d, until 2017-", out)
     assert len(out.splitlines()) <= 40
 

@@ -202,8 +202,8 @@ async def worker_here(stage: Stage, slow: int, directory: Path) -> AsyncIterator
     async with KafkaAdmin(stage.case.kafka) as admin:
         _, facts = await check_kafka(admin, settings)
     client = connect(stage.case.redis_url)
-    store = WaitingStore(client, "the test", slow=slow)
     built = build_app(settings, facts, client, accept_gap=False)
+    store = WaitingStore(client, built.store.owner, slow=slow)
     worker = replace(built, store=store, shell=replace(built.shell, store=store))
     worker.assignment.equip(worker.shell)
     await worker.probe.start()

@@ -9,10 +9,11 @@ from typing import Protocol, TypeVar
 
 from stream_app.core.decay import Weights
 from stream_app.core.event import Record
-from stream_app.core.fold import Fold, Transition
+from stream_app.core.fold import Fold
 from stream_app.core.profile import Profile, pack, unpack
 from stream_app.core.segment_set import SegmentSet
 from stream_app.core.step import fold_slice
+from stream_app.core.transition import Transition
 from tests.oracle import Clock, OracleProfile, OracleTransition
 from tests.random_logs import RandomLog, core_records, core_segments, core_weights
 

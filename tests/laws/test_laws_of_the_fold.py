@@ -11,10 +11,11 @@ import pytest
 
 from stream_app.core.decay import EventTypeWeight, Weights
 from stream_app.core.event import Event, Record
-from stream_app.core.fold import Fold, transition_id
+from stream_app.core.fold import Fold
 from stream_app.core.profile import Profile
 from stream_app.core.segment import Segment
 from stream_app.core.segment_set import SegmentSet
+from stream_app.core.transition import transition_id
 from tests.laws.running import Run, by_user, run, run_records, stored_weights
 from tests.random_logs import (
     DAY_MS,

@@ -26,7 +26,7 @@ from stream_app.adapters.codec import (
     transition_message,
 )
 from stream_app.core.event import Event
-from stream_app.core.fold import Cause, Transition
+from stream_app.core.transition import Cause, Transition
 from tests.poison import BAD_EXAMPLES, MSGPACK, BadExample, poison_records, valid_event
 
 #: The same examples in every run, and none left behind on the disk.

@@ -43,6 +43,7 @@ def claimed_task(store: FailingStore) -> PartitionTask:
         monotonic_s=lambda: 0.0,
         hold_deadline_s=60.0,
         max_dead_letter_share=None,
+        learner=None,
     )
     task = PartitionTask(0, shell, PartitionMemory())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from aiokafka.partitioner import murmur2
 
@@ -19,10 +21,12 @@ KAFKAS_OWN = {
 
 
 @pytest.mark.parametrize(("key", "signed_hash"), KAFKAS_OWN.items())
-def test_the_hash_is_murmur2_as_kafka_tests_it(key: bytes, signed_hash: int) -> None:
-    assert murmur2(key) == signed_hash % 2**32
-
-
-@pytest.mark.parametrize(("key", "signed_hash"), KAFKAS_OWN.items())
 def test_the_partition_is_the_positive_hash_modulo_the_partitions(key: bytes, signed_hash: int) -> None:
     assert partition_of(key, 7) == (signed_hash & 0x7FFFFFFF) % 7
+
+
+def test_the_producers_client_comes_to_the_same_partition() -> None:
+    rng = random.Random(20260102)
+    for length in [*range(20), 128, 512] * 20:
+        key, partitions = rng.randbytes(length), rng.randrange(1, 200)
+        assert partition_of(key, partitions) == (murmur2(key) & 0x7FFFFFFF) % partitions

@@ -12,19 +12,11 @@ import pytest
 
 from stream_app.core.decay import NEVER_MS, EventTypeWeight, Weights
 from stream_app.core.event import Event
-from stream_app.core.fold import (
-    MAX_ASSETS,
-    MAX_EVENT_TYPES,
-    MAX_LABELS,
-    Cause,
-    Fold,
-    Transition,
-    event_digest,
-    transition_id,
-)
+from stream_app.core.fold import MAX_ASSETS, MAX_EVENT_TYPES, MAX_LABELS, Fold, event_digest
 from stream_app.core.profile import Profile, weights_at
 from stream_app.core.segment import Segment
 from stream_app.core.segment_set import SegmentSet
+from stream_app.core.transition import Cause, Transition, transition_id
 
 H = 1_000_000
 """The half-life in milliseconds."""
@@ -40,8 +32,8 @@ WEIGHTS = Weights(
 SWIM = Segment("swim", labels=("swimwear",), min_weight=0.5)
 
 
-def fold_of(*segments: Segment, weights: Weights = WEIGHTS) -> Fold:
-    return Fold(SegmentSet(segments, weights), weights)
+def fold_of(*segments: Segment, weights: Weights = WEIGHTS, keeps_seen: bool = False) -> Fold:
+    return Fold(SegmentSet(segments, weights), weights, keeps_seen)
 
 
 class User:
@@ -734,3 +726,129 @@ def test_an_item_above_the_exit_threshold_lets_in_what_would_have_left_at_once()
     assert refused == []  # x is high enough and would be gone after 5 ms
     _, entered = fold.apply(profile, Event("u", "slow", 1_000, "e-2", ("y",)), 1_000)
     assert [(t.status, t.weight) for t in entered] == [("entered", 1.0)]  # y is below 1 and stays above 0.5
+
+
+# What the next-category model reads
+
+
+def labels_of(user: User) -> set[str]:
+    return {label for sums in user.known.weights.values() for label in sums.labels}
+
+
+def test_without_the_model_no_engagement_is_noted() -> None:
+    user = User(fold_of(SWIM))
+    user.does(5, "swimwear")
+    assert user.known.seen_ms == {}
+
+
+def test_with_the_model_labels_are_noted_the_latest_engaged_last() -> None:
+    user = User(fold_of(SWIM, keeps_seen=True))
+    user.does(5, "swimwear", "beach")
+    user.does(6, "tea", event_type="buy")
+    user.does(7, asset_id="a-1")
+    user.does(8, "beach", event_type="buy")
+    assert list(user.known.seen_ms.items()) == [("swimwear", 5), ("tea", 6), ("beach", 8)]
+
+
+def test_a_late_engagement_is_the_latest_to_come_and_does_not_take_the_instant_back() -> None:
+    user = User(fold_of(keeps_seen=True), stream_time_ms=1_000)
+    user.does(900, "a", "b")
+    user.does(400, "a", "c")
+    assert list(user.known.seen_ms.items()) == [("b", 900), ("a", 900), ("c", 400)]
+
+
+def test_a_late_first_label_is_noted_at_its_own_instant() -> None:
+    user = User(fold_of(keeps_seen=True))
+    user.does(5_000)
+    user.does(1_000, "a")
+    assert user.known.seen_ms == {"a": 1_000}
+
+
+def test_what_leaves_no_key_is_not_noted() -> None:
+    user = User(fold_of(keeps_seen=True))
+    user.does(5, "a")
+    user.does(6, "a", "b", event_type="idle")
+    user.does(7, "c", event_id="e-0")  # a duplicate
+    assert user.known.seen_ms == {"a": 5}
+
+
+def test_moving_the_landmark_moves_no_engagement() -> None:
+    user = User(fold_of(keeps_seen=True))
+    for step in range(57):
+        user.does(9 * step * H, "a" if step else "first")
+    assert user.known.landmark_ms == 504 * H
+    assert user.known.seen_ms == {"first": 0, "a": 504 * H}
+
+
+def test_a_new_profile_has_engaged_nothing() -> None:
+    user = User(fold_of(keeps_seen=True))
+    user.does(0, "a")
+    user.does(FORGET_MS + 1, "b")
+    assert user.known.seen_ms == {"b": FORGET_MS + 1}
+
+
+def test_what_the_64th_event_drops_was_not_engaged() -> None:
+    user = User(fold_of(keeps_seen=True))
+    user.does(0, "faint", "both", event_type="gone")
+    user.does(0, "faint")
+    user.does(100_000, "kept", "both")
+    for step in range(60):
+        user.does((step + 1) * H // 3, "b")
+    assert user.known.seen_ms.keys() == {"faint", "both", "kept", "b"}
+    user.does(20 * H, "b")
+    assert list(user.known.seen_ms.items()) == [("kept", 100_000), ("both", 100_000), ("b", 20 * H)]
+
+
+def test_what_a_cap_of_labels_drops_was_not_engaged() -> None:
+    named = "label-0000"
+    user = User(fold_of(Segment("s", labels=(named,)), keeps_seen=True))
+    for i in range(MAX_LABELS):
+        user.does(i, f"label-{i:04}")
+    assert len(user.known.seen_ms) == MAX_LABELS
+    user.does(MAX_LABELS, "one-more")
+    assert len(user.known.seen_ms) == MAX_LABELS * 7 // 8
+    assert user.known.seen_ms.keys() == labels_of(user)
+    assert (user.known.seen_ms[named], user.known.seen_ms["one-more"]) == (0, MAX_LABELS)
+    assert "label-0001" not in user.known.seen_ms
+
+
+def test_what_a_cap_of_event_types_drops_was_not_engaged() -> None:
+    user = User(fold_of(keeps_seen=True))
+    user.does(0, "only-there", "elsewhere-too", event_type="type-00")
+    for i in range(1, MAX_EVENT_TYPES + 1):
+        user.does(i, "elsewhere-too", event_type=f"type-{i:02}")
+    assert "type-00" not in user.known.weights
+    assert user.known.seen_ms == {"elsewhere-too": MAX_EVENT_TYPES}
+
+
+def test_without_the_model_what_it_had_noted_goes() -> None:
+    user = User(fold_of(SWIM, keeps_seen=True))
+    user.does(5, "swimwear", "beach")
+    user.fold = fold_of(SWIM)
+    user.does(6, "tea")
+    assert user.known.seen_ms == {}
+
+
+@pytest.mark.parametrize("labels", [("tea",), ("beach",), ()])
+def test_with_the_model_on_again_everything_that_was_engaged_is_taken_over(labels: tuple[str, ...]) -> None:
+    user = User(fold_of(SWIM))
+    user.does(5, "swimwear", "beach")
+    user.does(6, "coffee", event_type="buy")
+    user.fold = fold_of(SWIM, keeps_seen=True)
+    user.does(70, *labels)
+    assert user.known.seen_ms.keys() == labels_of(user) == {"swimwear", "beach", "coffee", *labels}
+    # When, is not known better than the beginning of the profile.
+    assert [user.known.seen_ms[label] for label in labels] == [70 for _ in labels]
+    assert {user.known.seen_ms[label] for label in labels_of(user) - set(labels)} == {5}
+    assert list(user.known.seen_ms)[-1] == (labels or ("coffee",))[0]
+
+
+def test_noting_engagements_changes_nothing_else() -> None:
+    users = [User(fold_of(SWIM, keeps_seen=keeps_seen)) for keeps_seen in (False, True)]
+    for user in users:
+        for step in range(200):
+            user.does(step * H // 7, "swimwear" if step % 9 == 0 else f"label-{step % 5}")
+        user.waits(300 * H)
+    assert users[0].log == users[1].log
+    users[1].known.seen_ms = {}
+    assert users[0].known == users[1].known

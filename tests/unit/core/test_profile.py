@@ -6,7 +6,7 @@ import msgpack
 import pytest
 
 from stream_app.core.decay import NEVER_MS, EventTypeWeight, Weights
-from stream_app.core.profile import Profile, TypeSums, pack, unpack, weights_at
+from stream_app.core.profile import Discovery, Profile, TypeSums, pack, unpack, weights_at
 
 
 def full_profile() -> Profile:
@@ -25,6 +25,18 @@ def full_profile() -> Profile:
         last_transition_ms=1_700_000_000_001,
         definitions="0123456789abcdef",
     )
+
+
+def discovering_profile() -> Profile:
+    """Return the same with what the next-category model adds: two memberships and one that was."""
+    profile = full_profile()
+    profile.seen_ms = {"été 🏖": 1_700_000_000_000, "swimwear": 1_600_000_000_000}
+    profile.discovery = {
+        "swim-next": Discovery(3, 1_700_000_000_007, 1_700_000_600_000, ("swimwear", "été 🏖"), 0.1),
+        "once": Discovery(4, 1_700_000_000_005),
+        "ski-next": Discovery(1, 1_700_000_000_009, 1_700_000_400_000, ("ski",), 5e-324),
+    }
+    return profile
 
 
 def stored(**changes: object) -> bytes:
@@ -71,6 +83,70 @@ def test_the_next_exit_is_the_earliest_that_ever_comes() -> None:
     assert not profile.is_member("swim")
 
 
+def test_what_the_model_adds_comes_back_to_the_last_bit_and_in_its_order() -> None:
+    profile = discovering_profile()
+    again = unpack("u1", pack(profile))
+    assert again == profile
+    assert list(again.seen_ms) == ["été 🏖", "swimwear"]
+    assert pack(again) == pack(profile)
+
+
+def test_what_the_model_adds_is_stored_as_documented() -> None:
+    document = msgpack.unpackb(pack(discovering_profile()))
+    assert {key: document.pop(key) for key in ("s", "p")} == {
+        "s": {"été 🏖": 1_700_000_000_000, "swimwear": 1_600_000_000_000},
+        "p": {
+            "swim-next": [3, 1_700_000_600_000, ["swimwear", "été 🏖"], 0.1, 1_700_000_000_007],
+            "once": [4, None, None, 0.0, 1_700_000_000_005],
+            "ski-next": [1, 1_700_000_400_000, ["ski"], 5e-324, 1_700_000_000_009],
+        },
+    }
+    assert document == msgpack.unpackb(pack(full_profile()))
+
+
+@pytest.mark.parametrize("kept", ["seen_ms", "discovery"])
+def test_either_of_what_the_model_adds_may_be_there_alone(kept: str) -> None:
+    profile = discovering_profile()
+    for name in {"seen_ms", "discovery"} - {kept}:
+        setattr(profile, name, {})
+    assert len(msgpack.unpackb(pack(profile))) == 10
+    assert unpack("u1", pack(profile)) == profile
+
+
+def test_without_the_model_a_profile_has_the_bytes_that_it_had_before_there_was_one() -> None:
+    profile = Profile("u1", 1_000, {"view": TypeSums(1.5, {"swimwear": 1.5})}, forget_ms=2_000)
+    assert pack(profile).hex() == (
+        "89a17601a16ccd03e8a17781a47669657793cb3ff800000000000081a87377696d77656172cb3ff800000000000080"
+        "a16d80a169c400a16e00a166cd07d0a174c0a164a0"
+    )
+    assert list(msgpack.unpackb(pack(full_profile()))) == list("vlwminftd")
+
+
+def test_memberships_are_those_of_both_kinds() -> None:
+    profile = discovering_profile()
+    assert profile.memberships == {
+        "swim": 1_700_000_500_000,
+        "always": NEVER_MS,
+        "swim-next": 1_700_000_600_000,
+        "ski-next": 1_700_000_400_000,
+    }
+    assert profile.next_exit_ms == 1_700_000_400_000
+    profile.discovery["ski-next"] = Discovery(2, 1_700_000_400_000)
+    assert profile.next_exit_ms == 1_700_000_500_000
+    assert full_profile().memberships == {"swim": 1_700_000_500_000, "always": NEVER_MS}
+
+
+def test_a_lease_alone_is_the_next_exit() -> None:
+    profile = Profile("u1", 0, discovery={"next": Discovery(1, 5, 9, ("a",), 0.5)})
+    assert (profile.memberships, profile.next_exit_ms) == ({"next": 9}, 9)
+    profile.discovery["next"] = Discovery(2, 9)
+    assert (profile.memberships, profile.next_exit_ms) == ({}, None)
+
+
+def test_a_member_of_a_discovery_segment_is_in_no_base_segment_by_that() -> None:
+    assert not discovering_profile().is_member("swim-next")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -105,12 +181,85 @@ def test_the_next_exit_is_the_earliest_that_ever_comes() -> None:
         {"m": {"swim": [1.0, 5]}},
         {"m": {"swim": [1]}},
         {"m": {b"swim": [1, 5]}},
+        {"m": {"swim": [2, 5.0]}},
+        {"m": {"swim": [2, "5"]}},
+        {"m": {"swim": [2, True]}},
+        {"s": {"a": True}},
+        {"p": {"next": [2, 5.0, None, 0.0, 3]}},
+        {"p": {"next": [2, "5", None, 0.0, 3]}},
+        {"p": {"next": [2, True, None, 0.0, 3]}},
+        {"p": {"next": [2, None, ["a"], 0.0, 3]}},
+        {"p": {"next": [2, None, [], 0.0, 3]}},
+        {"p": {"next": [2, None, None, 0.5, 3]}},
+        {"p": {"next": [1, 5, None, 0.5, 3]}},
+        {"p": {"next": [1, 5, [], 0.5, 3]}},
+        {"p": {"next": [1, 5, 0, 0.5, 3]}},
+        {"p": {"next": [1, 5, "ab", 0.5, 3]}},
+        {"p": {"next": [1, 5, {"a": 1}, 0.5, 3]}},
+        {"p": {"next": [1, 5, [1], 0.5, 3]}},
+        {"p": {"next": [1, 5, [b"a"], 0.5, 3]}},
+        {"p": {"next": [1, 5, ["a", None], 0.5, 3]}},
+        {"s": None},
+        {"s": 7},
+        {"s": []},
+        {"s": ["a"]},
+        {"s": "a"},
+        {"s": {"a": None}},
+        {"s": {"a": "5"}},
+        {"s": {"a": 5.0}},
+        {"s": {"a": [5]}},
+        {"s": {"a": math.nan}},
+        {"s": {"a": 1.5, "b": -1.5}},
+        {"s": {b"a": 5}},
+        {"s": {5: 5}},
+        {"p": None},
+        {"p": 7},
+        {"p": []},
+        {"p": ["next"]},
+        {"p": "next"},
+        {"p": {"next": None}},
+        {"p": {"next": 7}},
+        {"p": {"next": [1, 5, ["a"], 0.5]}},
+        {"p": {"next": [1, 5, ["a"], 0.5, 3, 4]}},
+        {"p": {"next": [1, None, ["a"], 0.5, 3]}},
+        {"p": {"next": [1, 5.0, ["a"], 0.5, 3]}},
+        {"p": {"next": [1, "5", ["a"], 0.5, 3]}},
+        {"p": {"next": [2, 5, ["a"], 0.5, 3]}},
+        {"p": {"next": [0, None, None, 0.0, 3]}},
+        {"p": {"next": [-1, 5, ["a"], 0.5, 3]}},
+        {"p": {"next": [1.0, 5, ["a"], 0.5, 3]}},
+        {"p": {"next": [True, 5, ["a"], 0.5, 3]}},
+        {"p": {"next": [None, 5, ["a"], 0.5, 3]}},
+        {"p": {"next": [1, 5, 7, 0.5, 3]}},
+        {"p": {"next": [1, 5, True, 0.5, 3]}},
+        {"p": {"next": [1, 5, ["a"], 1, 3]}},
+        {"p": {"next": [1, 5, ["a"], None, 3]}},
+        {"p": {"next": [1, 5, ["a"], "0.5", 3]}},
+        {"p": {"next": [1, 5, ["a"], math.nan, 3]}},
+        {"p": {"next": [1, 5, ["a"], math.inf, 3]}},
+        {"p": {"next": [1, 5, ["a"], 0.5, None]}},
+        {"p": {"next": [1, 5, ["a"], 0.5, 3.0]}},
+        {"p": {"next": [1, 5, ["a"], 0.5, "3"]}},
+        {"p": {b"next": [1, 5, ["a"], 0.5, 3]}},
+        {"p": {"next": [1, 5, ["a"], 0.5, 3]}, "s": {"a": None}},
+        {"s": {"a": 5}, "extra": 1},
+        {"p": {"next": [1, 5, ["a"], 0.5, 3]}, "s": {"a": 5}, "extra": 1},
+        {"s": {"a": 5}, "v": 2},
     ],
     ids=str,
 )
 def test_a_stored_form_that_is_not_ours_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not a profile: "):
         unpack("u1", stored(**changes))
+
+
+@pytest.mark.parametrize("added", [{"s": {"a": 5}}, {"p": {"next": [2, None, None, 0.0, 3]}}], ids=str)
+@pytest.mark.parametrize("field", "vlwminftd")
+def test_what_the_model_adds_does_not_stand_in_for_a_field(field: str, added: dict[str, object]) -> None:
+    document = msgpack.unpackb(stored(**added))
+    del document[field]
+    with pytest.raises(ValueError, match="not a profile: "):
+        unpack("u1", msgpack.packb(document))
 
 
 @pytest.mark.parametrize(

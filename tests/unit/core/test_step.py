@@ -34,8 +34,8 @@ def folded(
 
 
 def test_an_empty_slice_changes_nothing() -> None:
-    assert folded([]) == StepResult({}, [], None)
-    assert folded([], stream_time_ms=7) == StepResult({}, [], 7)
+    assert folded([]) == StepResult({}, [], None, [])
+    assert folded([], stream_time_ms=7) == StepResult({}, [], 7, [])
 
 
 @pytest.mark.parametrize(("clock", "stream_time_ms"), [("event", 100), ("wall", 900)])
