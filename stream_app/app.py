@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import redis.asyncio as aioredis
 from aiokafka.errors import KafkaError
+from threadpoolctl import threadpool_limits
 
 from stream_app.adapters.assignment import Assignment
 from stream_app.adapters.checks import KafkaFacts, check_kafka, check_redis, refuse
@@ -177,6 +178,9 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
     problems = faust_environment_problems()
     if problems:
         raise ConfigError(problems)
+    # The model's products are small: handing them to other threads costs more than they do, on a busy machine
+    # a hundred times more. Cores are for other workers.
+    threadpool_limits(limits=1, user_api="blas")
     left_behind: list[str] = []
     runner = asyncio.Runner()
     failure: StreamAppError | None = None

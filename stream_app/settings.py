@@ -225,7 +225,7 @@ class ModelSettings(_Model):
 
     enabled: bool = True
     max_age_s: Annotated[float, _between(60, 31_536_000, " seconds")] = 604_800.0
-    rescored_per_s: Annotated[int, _between(1, 100_000, " users")] = 256
+    rescored_per_s: Annotated[int, _between(1, 100_000, " users")] = 64
     checkpoint_s: Annotated[float, _between(0.1, 3600, " seconds")] = 5.0
 
 

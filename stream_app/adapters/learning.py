@@ -141,7 +141,10 @@ class Learner:
         self._checkpoint_s = checkpoint_s
         self._monotonic_s = monotonic_s
         self._metrics = metrics
-        self._segment_labels = {} if rules is None else rules.labels()
+        named = {} if rules is None else rules.labels()
+        self._segment_labels = {segment_id: labels for segment_id, labels in named.items() if labels}
+        self._measured_s = -checkpoint_s
+        self._figures: dict[str, Any] = {}
         self._accuracy: dict[str, dict[str, float]] = {}
         self._parts = {partition: _Part() for partition in range(partitions)}
         self._lock = asyncio.Lock()
@@ -442,12 +445,12 @@ class Learner:
 
     def _measured(self) -> dict[str, Any]:
         """Publish how good the last predictions were: on /metrics, with enters, in the checkpoint."""
+        now_s = self._monotonic_s()
+        if self._figures and now_s - self._measured_s < self._checkpoint_s:
+            return self._figures
+        self._measured_s = now_s
         tasks = self.model.accuracy()
-        segments = {
-            segment_id: self.model.accuracy(labels)["discovery"]
-            for segment_id, labels in self._segment_labels.items()
-            if labels
-        }
+        segments = self.model.discovery_accuracy(self._segment_labels)
         for task, figures in tasks.items():
             for name, value in figures.items():
                 self._metrics.accuracy.labels(task, name).set(value)
@@ -455,12 +458,13 @@ class Learner:
             for name, value in figures.items():
                 self._metrics.segment_accuracy.labels(segment_id, name).set(value)
         self._accuracy = {"": tasks["discovery"], **segments}
-        return {
+        self._figures = {
             "worker": self._store.owner,
             "examples": self.model.statistics.examples,
             "tasks": tasks,
             "segments": segments,
         }
+        return self._figures
 
     def _take_back(self, part: _Part) -> None:
         for delta in part.pending:

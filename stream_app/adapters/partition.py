@@ -117,7 +117,7 @@ class Shell:
     accept_gap: bool
     load_functions: Callable[[], Awaitable[None]]
     learner: Learner | None = None
-    rescored_per_s: int = 256
+    rescored_per_s: int = 64
 
 
 @dataclass(slots=True)

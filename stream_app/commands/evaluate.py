@@ -133,11 +133,14 @@ def evaluate(
 
 
 def _evaluated(path: str, file: EventFile, settings: Settings, offline: Judge | None) -> Report:
+    from threadpoolctl import threadpool_limits
+
     from stream_app.adapters.event_lines import input_name
     from stream_app.adapters.transport import SLICE_RECORDS
     from stream_app.commands.replay import progress_display
     from stream_app.evaluation.prequential import evaluate_stream
 
+    threadpool_limits(limits=1, user_api="blas")  # as the worker
     with progress_display(f"evaluate {printable(input_name(path))}") as on_progress:
         return evaluate_stream(file.slices(SLICE_RECORDS, on_progress), settings.weights.core, offline)
 

@@ -10,6 +10,7 @@ Source: Platt, "Probabilistic Outputs for Support Vector Machines", 1999.
 """
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,11 @@ __all__ = ["Calibration"]
 
 Floats = NDArray[np.floating]
 
-_LEAST = 1e-9
-_RATE = 0.05
+_LEAST = 1e-4
+"""Scores are cut to this and its complement: log-odds beyond would move the map for one example."""
+_RATE = 0.5
+_BATCH = 256
+"""One example moves the map by this part of `_RATE` at most, whatever batch it comes in."""
 
 
 class Calibration:
@@ -36,13 +40,13 @@ class Calibration:
     >>> calibration.probabilities(np.array([0.5])).tolist()
     [0.5]
     >>> for _ in range(200):
-    ...     calibration.learn(np.full(4, 0.5), np.array([True, False, False, False]))
+    ...     calibration.learn(np.full(64, 0.5), np.arange(64) % 4 == 0)
     >>> calibration.probabilities(np.array([0.5])).round(2).tolist()
     [0.25]
     """
 
     def __init__(self) -> None:
-        self.model = linear_model.LogisticRegression(optim.AdaGrad(_RATE), intercept_lr=0.01)
+        self.model = linear_model.LogisticRegression(optim.SGD(_RATE), intercept_lr=0.01)
         self.model._weights = VectorDict({"log odds": 1.0, "shift": 0.0})
 
     def probabilities(self, scores: Floats) -> NDArray[np.float64]:
@@ -53,28 +57,23 @@ class Calibration:
         return probabilities
 
     def learn(self, scores: Floats, came: NDArray[np.bool_]) -> None:
-        """Learn from scores and whether what they were given to came: one step along the mean gradient."""
-        if not len(scores):
-            return
-        log_odds = _log_odds(scores)
-        blame = (self.probabilities(scores) - came) / len(scores)
-        gradient = {"log odds": float(log_odds @ blame), "shift": float(blame.sum())}
-        self.model.optimizer.step(self.model._weights, gradient)
+        """Learn from at most 256 scores and whether what they were given to came.
+
+        The rate stays as it is, so that the map follows a ranker that changes.
+        """
+        blame = (self.probabilities(scores) - came) / _BATCH
+        gradient = {"log odds": float(_log_odds(scores) @ blame), "shift": float(blame.sum())}
+        if all(map(isfinite, gradient.values())):
+            self.model.optimizer.step(self.model._weights, gradient)
 
     def state(self) -> dict[str, Any]:
         """Return the learned numbers."""
         weights = self.model.weights
-        return {
-            "weights": weights,
-            "g2": {name: float(self.model.optimizer.g2.get(name, 0.0)) for name in weights},
-            "steps": self.model.optimizer.n_iterations,
-        }
+        return {"weights": weights, "steps": self.model.optimizer.n_iterations}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
         self.model._weights = VectorDict(dict(state["weights"]))
-        self.model.optimizer.g2.clear()
-        self.model.optimizer.g2.update(state["g2"])
         self.model.optimizer.n_iterations = state["steps"]
 
 

@@ -14,6 +14,7 @@ appear tomorrow, and for a million users as for a thousand.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ __all__ = [
     "FIRST_TIMES",
     "HOUR",
     "LEADS_TO",
+    "OWN_SHARE",
     "OWN_WEIGHT",
     "POPULARITY",
     "RECENCY",
@@ -36,6 +38,7 @@ __all__ = [
     "Features",
     "Matrices",
     "Rows",
+    "Workspace",
 ]
 
 Floats = NDArray[np.floating]
@@ -45,6 +48,7 @@ POPULARITY = "popularity"
 RECENT_POPULARITY = "recent popularity"
 FIRST_TIMES = "share of first times"
 OWN_WEIGHT = "own weight"
+OWN_SHARE = "own share"
 ENGAGED = "engaged before"
 RECENCY = "time since"
 RETURNS = "usual time between"
@@ -64,12 +68,14 @@ ALIKE_PSEUDO_COUNTS = 5.0
 RECENT_HALF_LIFE = 4.0
 """In periods of half a week: 14 days."""
 HOUR_MS = 3_600_000
+SESSION_MS = 6 * HOUR_MS
+"""Half-life of what the last label says: in the same basket much, a week later little."""
 
 LABEL_NAMES = (POPULARITY, RECENT_POPULARITY, FIRST_TIMES)
-PAIR_NAMES = (HOUR, AFTER_LAST, AFTER_LATEST, LEADS_TO, ALIKE)
-NEXT_PAIRS = 3
-"""How many of these the ranking of all labels uses."""
-ENGAGED_NAMES = (OWN_WEIGHT, ENGAGED, RECENCY, RETURNS)
+NEXT_PAIRS = (HOUR, AFTER_LAST, AFTER_LATEST)
+NEW_PAIRS = (LEADS_TO, ALIKE)
+"""What is known of a pair; the second only where labels that are new to a user are ranked."""
+ENGAGED_NAMES = (OWN_WEIGHT, OWN_SHARE, ENGAGED, RECENCY, RETURNS)
 
 
 @dataclass(slots=True)
@@ -99,6 +105,11 @@ class Rows:
     weights: NDArray[np.float64]
     ages_ms: NDArray[np.float64]
     latest: Ints
+
+    @property
+    def counts(self) -> Ints:
+        """How many labels each row has engaged."""
+        return np.bincount(self.rows, minlength=len(self.at_ms))
 
     def first_labels(self, size: int) -> "Rows":
         """Return the rows with the first labels only."""
@@ -174,6 +185,25 @@ class Features:
         return found
 
 
+class Workspace:
+    """Memory that batches use in turn: to get large arrays from the system costs more than to fill them.
+
+    What is written into an array of a name is gone when the same name is asked for again.
+    """
+
+    def __init__(self, kind: type = np.float32) -> None:
+        self.kind = kind
+        self._arrays: dict[str, Floats] = {}
+
+    def array(self, name: str, *shape: int) -> Floats:
+        """Return an array of a shape, with anything in it."""
+        size = prod(shape)
+        flat = self._arrays.get(name)
+        if flat is None or len(flat) < size:
+            flat = self._arrays[name] = np.empty(size, self.kind)
+        return flat[:size].reshape(shape)
+
+
 class Matrices:
     """Counts as ratios and logarithms, a snapshot of when it was made.
 
@@ -182,32 +212,35 @@ class Matrices:
 
     Attributes
     ----------
-    n_labels
-        How many labels it knows.
+    n_labels, names
+        How many labels it knows, and which.
     examples, changes
         Those of the statistics when it was made.
     """
 
-    def __init__(self, statistics: Statistics, kind: type = np.float32) -> None:
+    def __init__(self, statistics: Statistics, workspace: Workspace) -> None:
+        kind = workspace.kind
         size = len(statistics.labels)
         self.n_labels = size
+        self.names = np.array(statistics.labels, np.object_)
         self.examples = statistics.examples
         self.changes = statistics.changes
         self._kind = kind
+        self._workspace = workspace
         share = _shares(statistics.popularity.totals(size))
         self.after_last = np.log(self._ratios(statistics.last, share))
         self.after_latest = self._ratios(statistics.latest, share)
         before = statistics.before[:size, :size]
         self.leads_to = self._ratios(before, _shares(before.sum(axis=0)))
         scale = 1.0 / np.sqrt(statistics.first_times[:size] + ALIKE_PSEUDO_COUNTS)
-        self.alike = (before + before.T).astype(kind)
+        self.alike: Floats = (before + before.T).astype(kind)
         self.alike *= scale[:, None].astype(kind)
         self.alike *= scale.astype(kind)
         hours = statistics.hours[:, :size]
         total = hours.sum(axis=1, keepdims=True)
         expected = HOUR_PSEUDO_COUNTS * share
-        self.hours = np.log((hours + expected) / ((total + HOUR_PSEUDO_COUNTS) * share)).astype(kind)
-        self.returns = _evidence(statistics.gaps).astype(kind)
+        self.hours: Floats = np.log((hours + expected) / ((total + HOUR_PSEUDO_COUNTS) * share)).astype(kind)
+        self.returns: Floats = _evidence(statistics.gaps).astype(kind)
 
     @property
     def nbytes(self) -> int:
@@ -225,8 +258,8 @@ class Matrices:
         ratios *= (1.0 / total).astype(self._kind)
         return ratios
 
-    def features(self, statistics: Statistics, rows: Rows, *, new: bool) -> Features:
-        """Return the features of all labels for the rows of a batch.
+    def features(self, statistics: Statistics, rows: Rows) -> Features:
+        """Return the features of all labels for the rows of a batch, as far as all labels are ranked.
 
         Parameters
         ----------
@@ -234,14 +267,12 @@ class Matrices:
             Popularity is read from here, as of now.
         rows
             With as many labels as the matrices.
-        new
-            Whether to add the two features of what is new to a user.
         """
         size = self.n_labels
         share = _shares(statistics.popularity.totals(size))
         recent = statistics.popularity.weights(size, RECENT_HALF_LIFE, old=0.0) + share
         popularity = np.log(share)
-        of_labels = np.array(
+        of_labels: Floats = np.array(
             [
                 popularity,
                 np.log(recent / recent.sum()) - popularity,
@@ -249,28 +280,19 @@ class Matrices:
             ],
             self._kind,
         )
-        names = PAIR_NAMES if new else PAIR_NAMES[:NEXT_PAIRS]
-        of_pairs = np.empty((len(rows.at_ms), len(names), size), self._kind)
+        of_pairs = self._workspace.array("next", len(rows.at_ms), len(NEXT_PAIRS), size)
         of_pairs[:, 0] = self.hours[(rows.at_ms // HOUR_MS).astype(np.int64) % HOURS]
         last = rows.latest[:, 0]
         of_pairs[:, 1] = self.after_last[np.maximum(last, 0)]
         of_pairs[last < 0, 1] = 0.0
-        weights = _latest_weights(rows.latest).astype(self._kind)
-        places = np.maximum(rows.latest, 0)
-        mixed = [self.after_latest, self.leads_to, self.alike] if new else [self.after_latest]
-        for number, matrix in enumerate(mixed, 2):
-            total = of_pairs[:, number]
-            total[:] = weights[:, 0, None] * matrix[places[:, 0]]
-            for turn in range(1, LATEST):
-                part = matrix[places[:, turn]]
-                part *= weights[:, turn, None]
-                total += part
-            total[last < 0] = 0.0 if matrix is self.alike else 1.0
-            if matrix is not self.alike:
-                np.log(total, out=total)
-        of_engaged = np.array(
+        of_pairs[:, 1] *= _same_session(rows)[:, None].astype(self._kind)
+        of_pairs[:, 2] = self._mean(self.after_latest, rows.latest, log=True)
+        total = np.bincount(rows.rows, rows.weights, len(rows.at_ms))
+        of_engaged: Floats = np.array(
             [
                 np.log1p(rows.weights),
+                # A fully decayed profile has no shares.
+                np.log(rows.weights / np.maximum(total, 1e-9)[rows.rows] + 0.01) / 2.0 + 1.0,
                 np.ones(len(rows.rows)),
                 np.log2(1.0 + np.maximum(rows.ages_ms, 0.0) / HOUR_MS) / 10.0,
                 self.returns[gap_of(rows.ages_ms)],
@@ -278,8 +300,60 @@ class Matrices:
             self._kind,
         )
         return Features(
-            LABEL_NAMES, names, ENGAGED_NAMES, of_labels, of_pairs, of_engaged, rows.rows, rows.labels
+            LABEL_NAMES, NEXT_PAIRS, ENGAGED_NAMES, of_labels, of_pairs, of_engaged, rows.rows, rows.labels
         )
+
+    def discovery_features(self, features: Features, rows: Rows, chosen: Ints | None = None) -> Features:
+        """Return the features of labels that are new to the users.
+
+        Parameters
+        ----------
+        features, rows
+            Of all rows.
+        chosen
+            Which of them, in increasing order; `None` for all.
+        """
+        every = np.arange(len(rows.at_ms)) if chosen is None else chosen
+        latest = rows.latest[every]
+        known = len(NEXT_PAIRS)
+        of_pairs = self._workspace.array("discovery", len(every), known + len(NEW_PAIRS), self.n_labels)
+        of_pairs[:, :known] = features.of_pairs[every]
+        of_pairs[:, known] = self._mean(self.leads_to, latest, log=True)
+        of_pairs[:, known + 1] = self._mean(self.alike, latest)
+        return Features(
+            LABEL_NAMES,
+            NEXT_PAIRS + NEW_PAIRS,
+            (),
+            features.of_labels,
+            of_pairs,
+            np.zeros((0, 0), self._kind),
+            np.zeros(0, np.int64),
+            np.zeros(0, np.int64),
+        )
+
+    def _mean(self, matrix: Floats, latest: Ints, *, log: bool = False) -> Floats:
+        """Return the mean row of a matrix over the latest labels, the later ones weighing more.
+
+        Or the logarithm of it; 0 for a user without labels in both cases.
+        """
+        weights: Floats = _latest_weights(latest).astype(self._kind)
+        parts = self._workspace.array("parts", *latest.shape, self.n_labels)
+        np.take(matrix, np.maximum(latest, 0), axis=0, out=parts, mode="clip")
+        mean = self._workspace.array("mean", len(latest), 1, self.n_labels)
+        np.matmul(weights[:, None, :], parts, out=mean)
+        mean = mean[:, 0]
+        if log:
+            mean[latest[:, 0] < 0] = 1.0
+            np.log(mean, out=mean)
+        return mean
+
+
+def _same_session(rows: Rows) -> NDArray[np.float64]:
+    """Return how much of each user's session is left: half after `SESSION_MS` without an engagement."""
+    ages_ms = np.full(len(rows.at_ms), np.inf)
+    np.minimum.at(ages_ms, rows.rows, rows.ages_ms)
+    left: NDArray[np.float64] = 2.0 ** (-np.maximum(ages_ms, 0.0) / SESSION_MS)
+    return left
 
 
 def _latest_weights(latest: Ints) -> NDArray[np.float64]:
@@ -308,7 +382,7 @@ def _shares(counts: NDArray[np.integer]) -> NDArray[np.float64]:
 
 
 def _evidence(gaps: Ints) -> NDArray[np.float64]:
-    """Return how much more often than others a label comes next that was last engaged so long ago: a logarithm.
+    """Return how much more often a label comes next that was last engaged so long ago, as a logarithm.
 
     Parameters
     ----------
@@ -318,7 +392,7 @@ def _evidence(gaps: Ints) -> NDArray[np.float64]:
     Examples
     --------
     >>> _evidence(np.array([[0, 0], [100, 50], [100, 0]])).round(2).tolist()
-    [0.0, 0.76, -1.77]
+    [0.0, 0.96, -1.79]
     """
     seen, came = gaps[:, 0], gaps[:, 1]
     usual = (came.sum() + 1.0) / (seen.sum() + 100.0)

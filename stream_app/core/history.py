@@ -7,10 +7,10 @@ Everything that is counted from a row hangs on integers and on the order of enga
 weight, so that cutting a log into other slices counts the same.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,14 @@ __all__ = ["Example", "History", "Slice", "rows_of"]
 
 _MOST_WEIGHT = 1e12
 _MOST_EXPONENT = 500.0
+_NONE = [-1] * LATEST
+
+_Pairs = tuple[Ints, Ints, NDArray[np.float64], NDArray[np.float64]]
+"""Rows, labels, weights and instants of the last engagement."""
 
 
-@dataclass(frozen=True, slots=True)
-class Example:
-    """An event as the model sees it.
+class Example(NamedTuple):
+    """An event as the model sees it; a tuple, since there is one for every event.
 
     Parameters
     ----------
@@ -65,7 +68,7 @@ class History:
     seen_ms
         When each label was last engaged.
     assets
-        Engaged assets.
+        Engaged assets; may be a view of the profile, to be read before it changes.
     """
 
     user_id: str
@@ -82,12 +85,24 @@ class History:
         Examples
         --------
         >>> from stream_app.core.profile import TypeSums
-        >>> sums = {"view": TypeSums(3.0, {"tea": 2.0, "milk": 1.0}, {"a-1": 3.0}), "buy": TypeSums(1.0, {"tea": 1.0})}
-        >>> user = Profile("u1", 0, sums, seen_ms={"milk": 5, "tea": 9})
-        >>> History.of(user, Weights(half_life_s=60), at_ms=60_000)
-        History(user_id='u1', at_ms=60000, labels=['milk', 'tea'], weights=[0.5, 1.5], seen_ms=[5, 9], assets={'a-1'})
+        >>> view = TypeSums(3.0, {"tea": 2.0, "milk": 1.0}, {"a-1": 3.0})
+        >>> buy = TypeSums(1.0, {"tea": 1.0})
+        >>> user = Profile("u1", 0, {"view": view, "buy": buy}, seen_ms={"milk": 5, "tea": 9})
+        >>> history = History.of(user, Weights(half_life_s=60), at_ms=60_000)
+        >>> history.labels, history.weights, history.seen_ms, history.assets
+        (['milk', 'tea'], [0.5, 1.5], [5, 9], {'a-1'})
         """
         elapsed_ms = max(0, at_ms - profile.landmark_ms)
+        if len(profile.weights) == 1:
+            [(event_type, sums)] = profile.weights.items()
+            if len(profile.seen_ms) == len(sums.labels):
+                # Most users have one type of event, and instants of all labels.
+                left = 2.0 ** (-elapsed_ms / weights.half_life_ms(event_type))
+                amounts = sums.labels
+                instants = profile.seen_ms
+                decayed = [amounts[label] * left for label in instants]
+                of_seen = list(instants.values())
+                return cls(profile.user_id, at_ms, list(instants), decayed, of_seen, sums.assets.keys())
         total: dict[str, float] = dict.fromkeys(profile.seen_ms, 0.0)
         assets: set[str] = set()
         for event_type, sums in profile.weights.items():
@@ -98,41 +113,50 @@ class History:
         seen_ms = profile.seen_ms
         # Labels without an instant come first: nothing says that they are recent.
         labels = [label for label in total if label not in seen_ms] if len(total) > len(seen_ms) else []
-        instants = [profile.landmark_ms] * len(labels)
+        last_ms = [profile.landmark_ms] * len(labels)
         labels += seen_ms
-        instants += seen_ms.values()
-        return cls(profile.user_id, at_ms, labels, [total[label] for label in labels], instants, assets)
+        last_ms += seen_ms.values()
+        return cls(profile.user_id, at_ms, labels, [total[label] for label in labels], last_ms, assets)
 
 
 class _User:
     """One user while a slice goes by; weights are those of `at_ms`, later engagements weigh more."""
 
-    __slots__ = ("at_ms", "latest", "seen_ms", "weights")
+    __slots__ = ("at_ms", "known", "latest", "places", "seen_ms", "weights")
 
-    def __init__(self, at_ms: int, places: Sequence[int], weights: Sequence[float], seen_ms: Sequence[int]) -> None:
+    def __init__(self, at_ms: int, places: list[int], weights: list[float], seen_ms: list[int]) -> None:
         self.at_ms = at_ms
-        self.latest = list(places[: -LATEST - 1 : -1])
-        self.weights = dict(zip(places, weights, strict=True))
-        self.seen_ms = dict(zip(places, seen_ms, strict=True))
+        self.places, self.weights, self.seen_ms = places, weights, seen_ms
+        self.latest = places[: -LATEST - 1 : -1]
+        self.known: dict[int, int] | None = None  # where a label is in the lists, once that is asked
 
     def follow(self, places: Sequence[int]) -> None:
         """Let labels be the latest ones."""
         latest = self.latest
         for place in places:
-            if place in latest:
-                latest.remove(place)
-            latest.insert(0, place)
-        del latest[LATEST:]
+            latest = [place, *[other for other in latest if other != place]]
+        self.latest = latest[:LATEST]  # a new list: rows hold the old one
 
     def engage(self, place: int, amount: float, at_ms: int) -> None:
         """Add to a label's weight, at an instant."""
-        self.weights[place] = self.weights.get(place, 0.0) + amount
-        self.seen_ms[place] = max(self.seen_ms.get(place, at_ms), at_ms)
+        if self.known is None:
+            # The lists are the history's, which is not ours to change.
+            self.places, self.weights, self.seen_ms = self.places[:], self.weights[:], self.seen_ms[:]
+            self.known = {place: number for number, place in enumerate(self.places)}
+        number = self.known.get(place)
+        if number is None:
+            self.known[place] = len(self.places)
+            self.places.append(place)
+            self.weights.append(amount)
+            self.seen_ms.append(at_ms)
+        else:
+            self.weights[number] += amount
+            self.seen_ms[number] = max(self.seen_ms[number], at_ms)
 
     def clear(self, at_ms: int) -> None:
         """Forget everything: the history begins anew."""
         self.at_ms = at_ms
-        self.weights, self.seen_ms, self.latest = {}, {}, []
+        self.places, self.weights, self.seen_ms, self.latest, self.known = [], [], [], [], None
 
 
 @dataclass(slots=True)
@@ -144,13 +168,16 @@ class Batch:
     rows
         What was known before each.
     order
-        Array, shape (n_rows,): the number of each row's example.
+        Array, shape (n_rows,): the number of each row's example in the slice.
+    examples
+        The example of each row.
     came_rows, came
         Pairs of row and label position: what came. Labels for which the model has no room are missing.
     """
 
     rows: Rows
     order: Ints
+    examples: list[Example]
     came_rows: Ints
     came: Ints
 
@@ -195,123 +222,152 @@ class Slice:
         size
             How many labels there are.
         """
-        count = end - begin
         by_user: dict[str, list[int]] = {}
-        for number in range(begin, end):
-            by_user.setdefault(self.examples[number].user_id, []).append(number)
-        order = [number for numbers in by_user.values() for number in numbers]
-        at_ms = np.array([self.examples[number].event_time_ms for number in order], np.float64)
-        added = np.array([self.examples[number].weight for number in order])
-        since_ms = np.empty(count)
-        latest = np.full((count, LATEST), -1)
+        for number, example in enumerate(self.examples[begin:end], begin):
+            numbers = by_user.get(example.user_id)
+            if numbers is None:
+                by_user[example.user_id] = [number]
+            else:
+                numbers.append(number)
+        # Users with several rows come first: only for them it has to be found out what changes in between.
+        order = [number for numbers in by_user.values() if len(numbers) > 1 for number in numbers]
+        several = len(order)
+        order += [numbers[0] for numbers in by_user.values() if len(numbers) == 1]
+        examples = [self.examples[number] for number in order]
+        at_ms = np.array([example.event_time_ms for example in examples], np.float64)
+        since_ms: list[int] = []
+        latest: list[list[int]] = []
         came_rows: list[int] = []
         came: list[int] = []
         known = _Known()
-        begins = []  # of rows that follow one another: each knows what the one before knew, and what came there
+        begins: list[int] = []  # of runs: each row knows what the one before knew, and what came there
         later: list[tuple[_User, int, list[int]]] = []
-        places = self._places
-        row = 0
-        for user_id, numbers in by_user.items():
-            first = self.examples[numbers[0]]
-            user = self._user(user_id, first)
-            last = self._last[user_id]
-            begins.append(row)
-            if not first.fresh:
-                known.add(row, user)
-            for number in numbers:
-                example = self.examples[number]
-                if example.fresh:
-                    user.clear(example.event_time_ms)
-                    if begins[-1] < row:
-                        begins.append(row)
-                    later = [one for one in later if one[0] is not user]
-                since_ms[row] = user.at_ms
-                latest[row, : len(user.latest)] = user.latest
-                own = [places[label] for label in example.labels if label in places]
-                came_rows += [row] * len(own)
-                came += own
-                if number < last and example.weight > 0.0:
-                    user.follow(own)
-                    if last >= end:
-                        later.append((user, row, own))
-                row += 1
+        places, last_of = self._places, self._last
+        user, user_id = _User(0, [], [], []), None
+        last = -1
+        for row, (number, example) in enumerate(zip(order, examples, strict=True)):
+            if example.user_id != user_id:
+                user_id = example.user_id
+                user = self._user(user_id, example)
+                last = last_of[user_id]
+                begins.append(row)
+                if not example.fresh:
+                    known.add(row, user)
+            if example.fresh:
+                user.clear(example.event_time_ms)
+                if begins[-1] < row:
+                    begins.append(row)
+                later = [one for one in later if one[0] is not user]
+            since_ms.append(user.at_ms)
+            latest.append(user.latest)
+            own = [places[label] for label in example.labels if label in places]
+            came += own
+            came_rows += [row] * len(own)
+            if number < last and example.weight > 0.0:
+                user.follow(own)
+                if last >= end:
+                    later.append((user, row, own))
         # A late event does not bring back what has decayed since.
-        exponents = (at_ms - since_ms) / self._half_life_ms
-        added = np.clip(np.nan_to_num(added), 0.0, _MOST_WEIGHT)
-        amounts = added * 2.0 ** np.clip(exponents, -_MOST_EXPONENT, _MOST_EXPONENT)
+        exponents = (at_ms - np.array(since_ms, np.float64)) / self._half_life_ms
+        added = np.array([example.weight for example in examples], np.float64)
+        amounts = np.clip(np.nan_to_num(added), 0.0, _MOST_WEIGHT)
+        amounts *= 2.0 ** np.clip(exponents, -_MOST_EXPONENT, _MOST_EXPONENT)
         for user, row, own in later:
             for place in own:
                 user.engage(place, float(amounts[row]), int(at_ms[row]))
-        weights, seen_ms = known.dense(count, size)
         pairs = np.array(came_rows, np.int64), np.array(came, np.int64)
-        _accumulate(weights, seen_ms, begins, pairs, amounts, at_ms)
+        found = known.pairs()
+        if several:
+            found = _accumulated(found, begins, several, size, pairs, amounts, at_ms)
         left = 2.0 ** -np.clip(exponents, 0.0, _MOST_EXPONENT)
-        return Batch(_rows(at_ms, weights, seen_ms, latest, left), np.array(order), *pairs)
+        return Batch(_rows(at_ms, size, found, latest, left), np.array(order), examples, *pairs)
 
     def _user(self, user_id: str, example: Example) -> _User:
         user = self._users.get(user_id)
         if user is None:
             history = self._histories.get(user_id)
             if history is None:
-                user = _User(example.event_time_ms, (), (), ())
+                user = _User(example.event_time_ms, [], [], [])
             else:
                 user = _read(history, self._places)
             self._users[user_id] = user
         return user
 
 
-def _accumulate(
-    weights: NDArray[np.float64],
-    seen_ms: NDArray[np.float64],
+def _accumulated(
+    found: _Pairs,
     begins: Sequence[int],
-    pairs: tuple[Ints, Ints],
+    several: int,
+    size: int,
+    came: tuple[Ints, Ints],
     amounts: NDArray[np.float64],
     at_ms: NDArray[np.float64],
-) -> None:
-    """Let every row of a run know what came in the rows before it; the first row of each run is given."""
-    count = len(weights)
-    if len(begins) == count:
-        return
-    first = np.zeros(count + 1, np.bool_)
-    first[[*begins, count]] = True
-    following = pairs[0] + 1
-    held = ~first[following] & (amounts[pairs[0]] > 0.0)
-    rows, labels = following[held], pairs[1][held]
-    np.add.at(weights, (rows, labels), amounts[pairs[0][held]])
-    np.maximum.at(seen_ms, (rows, labels), at_ms[pairs[0][held]])
-    for begin, end in pairwise([*begins, count]):
-        if end - begin > 1:
-            np.cumsum(weights[begin:end], axis=0, out=weights[begin:end])
-            np.maximum.accumulate(seen_ms[begin:end], axis=0, out=seen_ms[begin:end])
+) -> _Pairs:
+    """Let every row of a run know what came in the rows before it.
+
+    Parameters
+    ----------
+    found
+        What is known of the first row of each run.
+    begins
+        Where runs begin.
+    several
+        Runs of more than one row end before this row.
+    size
+        How many labels there are.
+    came
+        Pairs of row and label.
+    amounts, at_ms
+        What a row's example adds to its labels, and when.
+    """
+    rows, labels, weights, seen_ms = found
+    first = int(np.searchsorted(rows, several))
+    dense = np.zeros((several, size))
+    dense[rows[:first], labels[:first]] = weights[:first]
+    instants = np.full((several, size), -np.inf)
+    instants[rows[:first], labels[:first]] = seen_ms[:first]
+    ends = [begin for begin in begins if begin < several]
+    starts = np.zeros(len(at_ms) + 1, np.bool_)
+    starts[[*begins, len(at_ms)]] = True
+    following = came[0] + 1
+    held = ~starts[following] & (amounts[came[0]] > 0.0)
+    next_rows, next_labels, source = following[held], came[1][held], came[0][held]
+    np.add.at(dense, (next_rows, next_labels), amounts[source])
+    np.maximum.at(instants, (next_rows, next_labels), at_ms[source])
+    for begin, end in pairwise([*ends, several]):
+        np.cumsum(dense[begin:end], axis=0, out=dense[begin:end])
+        np.maximum.accumulate(instants[begin:end], axis=0, out=instants[begin:end])
+    flat = np.flatnonzero(instants.ravel() > -np.inf)
+    of_row = flat // size
+    return (
+        np.concatenate([of_row, rows[first:]]),
+        np.concatenate([flat - of_row * size, labels[first:]]),
+        np.concatenate([dense.ravel()[flat], weights[first:]]),
+        np.concatenate([instants.ravel()[flat], seen_ms[first:]]),
+    )
 
 
 def rows_of(histories: Sequence[History], places: Mapping[str, int], size: int) -> Rows:
     """Return the rows of users as they are."""
     known = _Known()
-    latest = np.full((len(histories), LATEST), -1)
+    latest = []
     for row, history in enumerate(histories):
-        own = [places.get(label, -1) for label in history.labels]
-        if -1 in own:
-            user = _read(history, places)
-            known.add(row, user)
-            latest[row, : len(user.latest)] = user.latest
-            continue
-        known.extend(row, own, history.weights, history.seen_ms)
-        tail = own[: -LATEST - 1 : -1]
-        latest[row, : len(tail)] = tail
+        user = _read(history, places)
+        known.add(row, user)
+        latest.append(user.latest)
     at_ms = np.array([history.at_ms for history in histories], np.float64)
-    return _rows(at_ms, *known.dense(len(histories), size), latest, np.ones(len(histories)))
+    return _rows(at_ms, size, known.pairs(), latest, np.ones(len(histories)))
 
 
 def _read(history: History, places: Mapping[str, int]) -> _User:
     """Return a user as a history says, without labels that the model does not have."""
-    own = [places.get(label, -1) for label in history.labels]
-    if -1 not in own:
-        return _User(history.at_ms, own, history.weights, history.seen_ms)
-    kept = [number for number, place in enumerate(own) if place >= 0]
+    found = [places.get(label, -1) for label in history.labels]
+    if -1 not in found:
+        return _User(history.at_ms, found, history.weights, history.seen_ms)
+    kept = [number for number, place in enumerate(found) if place >= 0]
     return _User(
         history.at_ms,
-        [own[number] for number in kept],
+        [found[number] for number in kept],
         [history.weights[number] for number in kept],
         [history.seen_ms[number] for number in kept],
     )
@@ -331,46 +387,40 @@ class _Known:
 
     def add(self, row: int, user: _User) -> None:
         """Take what is known of a user into a row."""
-        self.extend(row, user.weights, user.weights.values(), user.seen_ms.values())
-
-    def extend(
-        self, row: int, labels: Collection[int], amounts: Iterable[float], instants: Iterable[int]
-    ) -> None:
-        """Take labels, weights and last engagements into a row."""
         self.rows.append(row)
-        self.counts.append(len(labels))
-        self.labels += labels
-        self.amounts += amounts
-        self.instants += instants
+        self.counts.append(len(user.places))
+        self.labels += user.places
+        self.amounts += user.weights
+        self.instants += user.seen_ms
 
-    def dense(self, count: int, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return weights and last engagements, shape (count, size); 0 and -inf where nothing is known."""
-        places = np.repeat(np.array(self.rows, np.int64) * size, self.counts) + np.array(self.labels, np.int64)
-        weights = np.zeros((count, size))
-        weights.ravel()[places] = np.nan_to_num(np.array(self.amounts, np.float64), posinf=_MOST_WEIGHT)
-        seen_ms = np.full((count, size), -np.inf)
-        seen_ms.ravel()[places] = np.array(self.instants, np.float64)
-        return weights, seen_ms
+    def pairs(self) -> _Pairs:
+        """Return rows, labels, weights and last engagements, by row."""
+        return (
+            np.repeat(np.array(self.rows, np.int64), self.counts),
+            np.array(self.labels, np.int64),
+            np.nan_to_num(np.array(self.amounts, np.float64), posinf=_MOST_WEIGHT),
+            np.array(self.instants, np.float64),
+        )
 
 
 def _rows(
     at_ms: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    seen_ms: NDArray[np.float64],
-    latest: Ints,
+    size: int,
+    found: _Pairs,
+    latest: Sequence[list[int]],
     left: NDArray[np.float64],
 ) -> Rows:
-    size = weights.shape[1]
-    engaged = seen_ms > -np.inf
-    pairs = np.flatnonzero(engaged)
-    rows = pairs // max(size, 1)
-    amounts = weights.ravel()[pairs] * left[rows]
+    """Return rows of what was found, of which so much is left at the instant of each row."""
+    rows, labels, weights, seen_ms = found
+    engaged = np.zeros((len(at_ms), size), np.bool_)
+    engaged[rows, labels] = True
+    padded = [places + _NONE[len(places) :] for places in latest]
     return Rows(
         at_ms,
         engaged,
         rows,
-        pairs - rows * size,
-        np.clip(amounts, 0.0, _MOST_WEIGHT),
-        at_ms[rows] - seen_ms.ravel()[pairs],
-        latest,
+        labels,
+        np.clip(weights * left[rows], 0.0, _MOST_WEIGHT),
+        at_ms[rows] - seen_ms,
+        np.array(padded, np.int64).reshape(-1, LATEST),
     )

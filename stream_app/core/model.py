@@ -10,8 +10,8 @@ An example goes through here like this:
         ─► probabilities (`calibration`) ─► judged (`accuracy`)
     then, for the whole batch: heads, calibration and counts (`statistics`) learn
 
-What is learned is little, so that it is cheap to keep and to share: counts, which are integers and add up over
-partitions, and about twenty weights, which are averaged.
+What is learned is little, so that it is cheap to keep and to share: counts, which are integers and add up
+over partitions, and about twenty weights, which are averaged.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from stream_app.core import features as ft
 from stream_app.core.accuracy import Judged, Window, mid_ranks
 from stream_app.core.calibration import Calibration
-from stream_app.core.features import Features, Floats, Ints, Matrices, Rows
+from stream_app.core.features import Features, Floats, Ints, Matrices, Rows, Workspace
 from stream_app.core.history import Batch, Example, History, Slice, rows_of
 from stream_app.core.ranker import MAX_AFFINITIES, Ranker, affinity_inputs, softmax
 from stream_app.core.ranker_state import STATE_VERSION, average_states, checked_state
@@ -39,12 +39,13 @@ BATCH = 256
 """Examples that are scored before they are learned from, at most."""
 LEARNED_SHARE = 16
 """A batch is at most this part of what was learned before, so that a new model is not blind for long."""
-REBUILD_EXAMPLES = 2_000
+REBUILD_EXAMPLES = 4_000
 """Examples between two snapshots of the counts, at most."""
-GROWN_EXAMPLES = 512
+GROWN_EXAMPLES = 1_000
 """The same where labels have appeared that the last one lacks."""
-OFFERS_EXAMPLES = 20_000
-"""Examples between two snapshots of assets and event types, which change slowly."""
+OFFERS_EXAMPLES = 50_000
+OFFERS_SHARE = 4
+"""Examples between two snapshots of assets and event types, which change slowly; and part of what was counted."""
 COUNTED_LATEST = 3
 """How many of the latest labels are counted with what comes next."""
 MODEL_SCHEMA = "1"
@@ -57,6 +58,7 @@ NEXT = (
     ft.AFTER_LAST,
     ft.AFTER_LATEST,
     ft.OWN_WEIGHT,
+    ft.OWN_SHARE,
     ft.ENGAGED,
     ft.RECENCY,
     ft.RETURNS,
@@ -71,6 +73,9 @@ DISCOVERY = (
     ft.LEADS_TO,
     ft.ALIKE,
 )
+START = 0.5
+"""Weight that a new model gives to what speaks for a label everywhere; the others start at 0."""
+STARTED = (ft.POPULARITY, ft.AFTER_LATEST, ft.OWN_WEIGHT, ft.ENGAGED, ft.LEADS_TO, ft.ALIKE)
 """Features of the two heads. A candidate of discovery is not engaged, so nothing is known of it itself."""
 
 
@@ -81,8 +86,8 @@ class Observed:
     Parameters
     ----------
     next_rank, discovery_rank
-        Rank of the best-ranked label that came, from 1, ties in the middle; infinite if none was known. nan in
-        discovery for an example that is none: no label is new to the user, or the user has no history.
+        Rank of the best-ranked label that came, from 1, ties in the middle; infinite if none was known. In
+        discovery nan for an example that is none: no label is new to the user, or the user has no history.
     next_top, discovery_top
         Calibrated probability of the best candidate; nan without candidates.
     next_top_hit, discovery_top_hit
@@ -124,9 +129,13 @@ class NextCategoryModel:
         self._seed = seed
         self.version = _version()
         self.statistics = Statistics()
-        self.heads = {"next": Ranker(NEXT), "discovery": Ranker(DISCOVERY)}
+        self.heads = {
+            "next": Ranker({name: START if name in STARTED else 0.0 for name in NEXT}),
+            "discovery": Ranker({name: START if name in STARTED else 0.0 for name in DISCOVERY}),
+        }
         self.calibrations = {"next": Calibration(), "discovery": Calibration()}
         self.windows = {"next": Window(), "discovery": Window()}
+        self._workspace = Workspace()
         self._matrices: Matrices | None = None  # of the last batch that was learned from
         self._scoring: Matrices | None = None  # made for scores alone, so that scoring changes nothing above
         self._recommender: Recommender | None = None
@@ -178,14 +187,14 @@ class NextCategoryModel:
         new = ~rows.engaged[batch.came_rows, batch.came]
         discovers = np.zeros(end - begin, np.bool_)
         discovers[batch.came_rows[new]] = True
-        discovers &= rows.engaged.any(axis=1)
+        discovers &= rows.counts > 0
         where = places[batch.order]
         if known:
             self._judge(matrices, batch, new, discovers, where, observed)
         else:
             observed.next_rank[where] = np.inf
             observed.discovery_rank[where[discovers]] = np.inf
-        self._count(batch, new, part.examples)
+        self._count(batch, new)
 
     def _judge(
         self,
@@ -200,9 +209,11 @@ class NextCategoryModel:
         size = matrices.n_labels
         seen = batch.came < size
         rows = batch.rows.first_labels(size)
-        features = matrices.features(self.statistics, rows, new=False)
+        features = matrices.features(self.statistics, rows)
         inputs = affinity_inputs(rows)
-        judged = self._learn("next", features, inputs, (batch.came_rows[seen], batch.came[seen]), None)
+        judged = self._learn(
+            "next", matrices.names, features, inputs, (batch.came_rows[seen], batch.came[seen]), None
+        )
         observed.next_rank[where] = judged.ranks
         observed.next_top[where] = judged.top
         observed.next_top_hit[where] = judged.top_came
@@ -213,10 +224,15 @@ class NextCategoryModel:
         number = np.full(len(discovers), -1)
         number[chosen] = np.arange(len(chosen))
         wanted = seen & new & discovers[batch.came_rows]
-        some = rows.some(chosen)
-        features = matrices.features(self.statistics, some, new=True)
-        pairs = (number[batch.came_rows[wanted]], batch.came[wanted])
-        judged = self._learn("discovery", features, inputs[chosen], pairs, ~some.engaged)
+        engaged = discovers[rows.rows]
+        judged = self._learn(
+            "discovery",
+            matrices.names,
+            matrices.discovery_features(features, rows, chosen),
+            inputs[chosen],
+            (number[batch.came_rows[wanted]], batch.came[wanted]),
+            (number[rows.rows[engaged]], rows.labels[engaged]),
+        )
         observed.discovery_rank[where[chosen]] = judged.ranks
         observed.discovery_top[where[chosen]] = judged.top
         observed.discovery_top_hit[where[chosen]] = judged.top_came
@@ -224,65 +240,81 @@ class NextCategoryModel:
     def _learn(
         self,
         task: str,
+        names: NDArray[np.object_],
         features: Features,
         inputs: Floats,
         came: tuple[Ints, Ints],
-        candidates: NDArray[np.bool_] | None,
+        engaged: tuple[Ints, Ints] | None,
     ) -> Judged:
-        """Score the rows of one task, judge the scores, and only then let head and calibration learn."""
+        """Score the rows of one task, judge the scores, and only then let head and calibration learn.
+
+        Parameters
+        ----------
+        names
+            Of the labels.
+        came
+            Pairs of row and label.
+        engaged
+            Pairs that are no candidates; `None` for none.
+        """
         head, calibration = self.heads[task], self.calibrations[task]
         logits = head.logits(features, inputs)
-        shares = softmax(logits, candidates)
+        popularity, _, first_times = features.of_labels
+        markov = features.of_pairs[:, features.pair_names.index(ft.AFTER_LAST)] + popularity
+        if engaged is None:
+            popularity_ranks = _ranks_of_all(popularity, came, len(logits))
+        else:
+            logits[engaged] = markov[engaged] = -np.inf
+            firsts = np.tile(popularity + first_times, (len(logits), 1))
+            firsts[engaged] = -np.inf
+            popularity_ranks = mid_ranks(firsts, came)[0]
+        shares = softmax(logits)
         best = shares.argmax(axis=1)
         top = shares[np.arange(len(shares)), best].astype(np.float64)
         none = top == 0.0
         top_came = np.zeros(len(shares), np.bool_)
         top_came[came[0][came[1] == best[came[0]]]] = True
-        ranks, firsts = mid_ranks(logits, came, candidates)
-        popularity, _, first_times = features.of_labels
-        markov = features.of_pairs[:, features.pair_names.index(ft.AFTER_LAST)] + popularity
-        if task == "discovery":
-            popularity = popularity + first_times
-        names = np.array(self.statistics.labels, np.object_)
+        ranks, labels = mid_ranks(logits, came)
         judged = Judged(
             ranks,
             np.where(none, np.nan, calibration.probabilities(top)),
             top_came,
-            np.bincount(came[0], shares[came], len(shares)),
-            mid_ranks(np.broadcast_to(popularity, logits.shape), came, candidates)[0],
-            mid_ranks(markov, came, candidates)[0],
-            np.where(firsts >= 0, names[firsts], ""),
+            np.bincount(came[0], shares[came], len(shares)).astype(np.float64),
+            popularity_ranks,
+            mid_ranks(markov, came)[0],
+            np.where(labels >= 0, names[labels], ""),
             np.where(none, "", names[best]),
         )
         self.windows[task].add(judged)
-        head.learn(features, inputs, came, candidates)
+        head.learn(features, inputs, shares, came)
         calibration.learn(top[~none], top_came[~none])
         return judged
 
-    def _count(self, batch: Batch, new: NDArray[np.bool_], examples: Sequence[Example]) -> None:
+    def _count(self, batch: Batch, new: NDArray[np.bool_]) -> None:
         """Add a batch to the counts."""
         statistics, rows = self.statistics, batch.rows
         row, label = batch.came_rows, batch.came
-        ordered = [examples[number] for number in batch.order.tolist()]
-        at_ms = np.array([example.event_time_ms for example in ordered], np.int64)[row]
+        examples = batch.examples
+        at_ms = rows.at_ms.astype(np.int64)[row]
         tables: dict[str, Ints | tuple[Ints, Ints]] = {
             "popularity": codes_of("popularity", at_ms // PERIOD_MS, label),
             "hours": codes_of("hours", at_ms // ft.HOUR_MS % 24, label),
             "first_times": codes_of("first_times", label[new]),
         }
-        types = [statistics.place_event_type(example.event_type) for example in ordered]
-        of_type = np.array([-1 if place is None else place for place in types])[row]
+        of_type = np.array(statistics.places_of("type", [one.event_type for one in examples]), np.int64)[row]
         tables["types"] = codes_of("types", of_type[of_type >= 0], label[of_type >= 0])
-        assets = [
-            -1 if example.asset_id is None else statistics.place_asset(example.asset_id) for example in ordered
-        ]
-        asset = np.array(assets)[row]
+        owned = [number for number, one in enumerate(examples) if one.asset_id is not None]
+        asset = np.full(len(examples), -1)
+        asset[owned] = statistics.places_of("asset", [examples[number].asset_id or "" for number in owned])
+        asset = asset[row]
         held = asset >= 0
         tables["assets"] = codes_of("assets", at_ms[held] // PERIOD_MS, asset[held], label[held])
         latest = rows.latest[row, :COUNTED_LATEST]
         pairs = latest >= 0
         tables["last"] = codes_of("last", latest[pairs[:, 0], 0], label[pairs[:, 0]])
-        tables["latest"] = codes_of("latest", latest[pairs], np.broadcast_to(label[:, None], pairs.shape)[pairs])
+        tables["latest"] = codes_of(
+            "latest", latest[pairs], np.broadcast_to(label[:, None], pairs.shape)[pairs]
+        )
         tables["before"] = _before(rows, row[new], label[new])
         gaps = gap_of(rows.ages_ms)
         came = np.zeros(rows.engaged.shape, np.bool_)
@@ -311,22 +343,26 @@ class NextCategoryModel:
     def _score(self, histories: Sequence[History]) -> list[Scored]:
         if not self.statistics.labels:
             return [Scored(history.user_id, history.at_ms, [], [], self.version) for history in histories]
-        rows, next_shares, growth_shares = self._shares(histories)
-        labels, recommender = self.statistics.labels, self._offers()
+        _, next_shares, growth_shares = self._shares(histories)
+        labels = np.array(self.statistics.labels, np.object_)
         base, growth = self.calibrations["next"], self.calibrations["discovery"]
-        best, base_weights = _top(next_shares, base)
-        new, growth_weights = _top(growth_shares, growth)
-        new_base = base.probabilities(np.take_along_axis(next_shares, new, axis=1)).tolist()
-        candidates = np.take_along_axis(growth_shares, new, axis=1) > 0.0
-        counts = np.count_nonzero(candidates, axis=1).tolist()
+        best = _best(next_shares)
+        found = labels[best].tolist()
+        found_weights = base.probabilities(np.take_along_axis(next_shares, best, axis=1)).tolist()
+        new = _best(growth_shares)
+        new_shares = np.take_along_axis(growth_shares, new, axis=1)
+        candidates = np.count_nonzero(new_shares, axis=1).tolist()
+        growth_weights = growth.probabilities(new_shares).tolist()
+        base_weights = base.probabilities(np.take_along_axis(next_shares, new, axis=1)).tolist()
+        offers = self._offers().offers
         scored = []
-        for number, history in enumerate(histories):
-            found = [(labels[place], weight) for place, weight in zip(best[number].tolist(), base_weights[number], strict=True)]
-            count = counts[number]
-            tips = recommender.offers(
-                new[number, :count].tolist(), growth_weights[number], new_base[number], history.assets, history.labels
+        for number, (history, places) in enumerate(zip(histories, new.tolist(), strict=True)):
+            del places[candidates[number] :]  # engaged ones, where fewer are not
+            tips = offers(
+                places, growth_weights[number], base_weights[number], history.assets, history.labels
             )
-            scored.append(Scored(history.user_id, history.at_ms, found, tips, self.version))
+            next_categories = list(zip(found[number], found_weights[number], strict=True))
+            scored.append(Scored(history.user_id, history.at_ms, next_categories, tips, self.version))
         return scored
 
     def growth_weights(self, histories: Sequence[History]) -> tuple[list[str], NDArray[np.float64]]:
@@ -371,11 +407,15 @@ class NextCategoryModel:
         place = self.statistics.label_places.get(label)
         if place is None or place >= matrices.n_labels:
             return {}
-        rows = rows_of([history], self.statistics.label_places, len(self.statistics.labels)).first_labels(matrices.n_labels)
+        rows = rows_of([history], self.statistics.label_places, len(self.statistics.labels)).first_labels(
+            matrices.n_labels
+        )
         discovery = not rows.engaged[0, place]
         head = self.heads["discovery" if discovery else "next"]
         candidates = ~rows.engaged[0] if discovery else np.ones(matrices.n_labels, np.bool_)
-        features = matrices.features(self.statistics, rows, new=True)
+        features = matrices.features(self.statistics, rows)
+        if discovery:
+            features = matrices.discovery_features(features, rows)
         return head.contributions(features, affinity_inputs(rows), place, candidates)
 
     def _shares(self, histories: Sequence[History]) -> tuple[Rows, Floats, Floats]:
@@ -383,13 +423,12 @@ class NextCategoryModel:
         matrices = self._snapshot()
         rows = rows_of(histories, self.statistics.label_places, len(self.statistics.labels))
         rows = rows.first_labels(matrices.n_labels)
-        features = matrices.features(self.statistics, rows, new=True)
+        features = matrices.features(self.statistics, rows)
         inputs = affinity_inputs(rows)
-        return (
-            rows,
-            softmax(self.heads["next"].logits(features, inputs), None),
-            softmax(self.heads["discovery"].logits(features, inputs), ~rows.engaged),
-        )
+        next_logits = self.heads["next"].logits(features, inputs)
+        growth_logits = self.heads["discovery"].logits(matrices.discovery_features(features, rows), inputs)
+        growth_logits[rows.rows, rows.labels] = -np.inf
+        return rows, softmax(next_logits), softmax(growth_logits)
 
     def _snapshot(self) -> Matrices:
         """Return the snapshot of the counts that is due now: a function of the counts, not of who asks."""
@@ -403,13 +442,13 @@ class NextCategoryModel:
                 most = min(most, GROWN_EXAMPLES)
             if kept.changes == statistics.changes or (kept is self._matrices and since <= most):
                 return kept
-        self._scoring = Matrices(statistics)
+        self._scoring = Matrices(statistics, self._workspace)
         return self._scoring
 
     def _offers(self) -> Recommender:
         statistics, kept = self.statistics, self._recommender
         if kept is None or abs(statistics.examples - kept.examples) > min(
-            OFFERS_EXAMPLES, statistics.examples // LEARNED_SHARE
+            OFFERS_EXAMPLES, statistics.examples // OFFERS_SHARE
         ):
             kept = self._recommender = Recommender(statistics)
         return kept
@@ -421,7 +460,7 @@ class NextCategoryModel:
         return self.statistics.take_delta()
 
     def add(self, delta: Delta, sign: int = 1) -> None:
-        """Add counts of other partitions or workers, or of a checkpoint; with sign -1 take them away again."""
+        """Add counts of other partitions, of workers or a checkpoint; with sign -1 take them away again."""
         self._make_room(delta.names["label"])
         self.statistics.add(delta, sign)
 
@@ -453,6 +492,16 @@ class NextCategoryModel:
             Maps "next" and "discovery" to the figures of `accuracy.Window`.
         """
         return {task: window.figures(labels) for task, window in self.windows.items()}
+
+    def discovery_accuracy(self, groups: Mapping[str, Collection[str]]) -> dict[str, dict[str, float]]:
+        """Return how good the last predictions of discoveries were, for many groups of labels at once.
+
+        Parameters
+        ----------
+        groups
+            Maps a name to labels: only where one of these came or was the best candidate.
+        """
+        return self.windows["discovery"].figures_by(groups)
 
     # State of what is not counted.
 
@@ -500,7 +549,7 @@ class NextCategoryModel:
 
 
 def _before(rows: Rows, new_rows: Ints, new_labels: Ints) -> Ints:
-    """Return the codes of pairs of an engaged label and a new one, and of new ones of one event in its order."""
+    """Return the codes of pairs of an engaged label and a new one, and of new ones of one event in order."""
     begins = np.searchsorted(rows.rows, new_rows)
     counts = np.searchsorted(rows.rows, new_rows, side="right") - begins
     pairs = np.repeat(begins - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
@@ -513,16 +562,37 @@ def _before(rows: Rows, new_rows: Ints, new_labels: Ints) -> Ints:
     return np.concatenate(codes)
 
 
-def _top(shares: Floats, calibration: Calibration) -> tuple[Ints, list[list[float]]]:
-    """Return the best labels of each row with their probabilities, best first; ties by position."""
+def _best(shares: Floats) -> Ints:
+    """Return the labels with the largest shares, best first, of equals the one that appeared first.
+
+    Examples
+    --------
+    >>> _best(np.array([[0.2, 0.5, 0.2, 0.1]])).tolist()
+    [[1, 0, 2, 3]]
+    """
     count = min(MAX_SCORES, shares.shape[1])
     if count < shares.shape[1]:
-        # The first of equal scores stay: what is cut off must not hang on how a partition was made.
-        least = -np.partition(-shares, count - 1, axis=1)[:, count - 1 : count]
-        best = np.argsort(-np.where(shares >= least, shares, -1.0), axis=1, kind="stable")[:, :count]
+        best = np.sort(np.argpartition(shares, -count, axis=1)[:, -count:], axis=1)
     else:
-        best = np.argsort(-shares, axis=1, kind="stable")
-    return best, calibration.probabilities(np.take_along_axis(shares, best, axis=1)).tolist()
+        best = np.broadcast_to(np.arange(count), shares.shape)
+    order = np.argsort(-np.take_along_axis(shares, best, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(best, order, axis=1)
+
+
+def _ranks_of_all(scores: Floats, came: tuple[Ints, Ints], count: int) -> NDArray[np.float64]:
+    """Return `mid_ranks` for rows that all have the same scores.
+
+    Examples
+    --------
+    >>> _ranks_of_all(np.array([1.0, 3.0, 1.0]), (np.array([0, 0]), np.array([0, 1])), 2).tolist()
+    [1.0, inf]
+    """
+    ascending = np.sort(scores)
+    above = len(scores) - np.searchsorted(ascending, scores, side="right")
+    ranks = (above + len(scores) - np.searchsorted(ascending, scores) + 1) / 2
+    found = np.full(count, np.inf)
+    np.minimum.at(found, came[0], ranks[came[1]])
+    return found
 
 
 def _version() -> str:

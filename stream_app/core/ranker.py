@@ -4,16 +4,16 @@ Decides the form of a ranking head: a linear model of River's over the features 
 label that came scores highest among its candidates (a conditional softmax). It must not know what the
 features mean.
 
-Why not one logistic decision per pair, with sampled negatives: all candidates of a row are computed anyway, so
-their exact gradient costs one more pass, has no noise, needs no random numbers, and gives a probability over
-the candidates. With two candidates it is logistic regression on the difference of their features.
+Why not one logistic decision per pair, with sampled negatives: all candidates of a row are computed anyway,
+so their exact gradient costs one more pass, has no noise, needs no random numbers, and gives a probability
+over the candidates. With two candidates it is logistic regression on the difference of their features.
 
 A few labels are so frequent that they deserve numbers of their own: `Affinities` adds what the user's latest
 and engaged labels say for and against each of the labels that appeared first. What it says is one more
 feature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
@@ -30,59 +30,69 @@ AFFINITY = "own numbers of the label"
 MAX_AFFINITIES = 64
 """So many labels have numbers of their own: those that appeared first."""
 AFFINITY_RATE = 0.02
-RATE = 0.1
+RATE = 0.2
 STEP_ROWS = 32
 """Rows of one step: small enough to learn fast, large enough to cost little."""
 _EPS = 1e-4
 
 
-def _blame(
-    logits: Floats, came: tuple[Ints, Ints], candidates: NDArray[np.bool_] | None
-) -> tuple[Floats, int]:
-    """Return the gradient of the loss by logit, summed over the rows where something came, and their number.
+def softmax(logits: Floats) -> Floats:
+    """Return the probability of each candidate, row by row.
+
+    Parameters
+    ----------
+    logits
+        Array, shape (n_rows, n_labels); minus infinity for what is no candidate, which gets 0. Without any
+        candidate all of a row is 0.
 
     Examples
     --------
-    >>> _blame(np.zeros((2, 2)), (np.array([1]), np.array([0])), None)
-    (array([[ 0. ,  0. ],
-           [-0.5,  0.5]]), 1)
+    >>> softmax(np.array([[0.0, 0.0, -np.inf], [-np.inf, -np.inf, -np.inf]])).tolist()
+    [[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]
     """
-    blame = softmax(logits, candidates)
-    rows, labels = came
-    shares = blame[came]
-    counts = np.bincount(rows, minlength=len(blame))
-    total = np.bincount(rows, shares, len(blame))[rows]
-    # All that came may have a probability too small for a float: then they are blamed alike.
-    target = np.where(total > 0.0, shares / np.where(total > 0.0, total, 1.0), 1.0 / counts[rows])
-    blame[rows, labels] -= target
-    taught = counts > 0
-    if not taught.all():
-        blame[~taught] = 0.0
-    return blame, int(taught.sum())
-
-
-def softmax(logits: Floats, candidates: NDArray[np.bool_] | None) -> Floats:
-    """Return the probability of each candidate, row by row; 0 for others and where there is none.
-
-    Examples
-    --------
-    >>> softmax(np.array([[0.0, 0.0, 9.0]]), np.array([[True, True, False]])).tolist()
-    [[0.5, 0.5, 0.0]]
-    """
-    if candidates is None:
-        shares = logits - logits.max(axis=1, keepdims=True)
-        np.exp(shares, out=shares)
-        shares /= shares.sum(axis=1, keepdims=True)
-        return shares
-    shares = np.where(candidates, logits, -np.inf)
-    top = shares.max(axis=1, keepdims=True)
-    top[top == -np.inf] = 0.0
-    shares -= top
+    top = logits.max(axis=1, keepdims=True)
+    none = top == -np.inf
+    top[none] = 0.0
+    shares: Floats = logits - top
     np.exp(shares, out=shares)
     total = shares.sum(axis=1, keepdims=True)
-    total[total == 0.0] = 1.0
+    total[none] = 1.0
     shares /= total
     return shares
+
+
+def _blame(shares: Floats, came: tuple[Ints, Ints]) -> NDArray[np.bool_]:
+    """Turn probabilities into the gradient of the loss by logit, in place; say in which rows something came.
+
+    Examples
+    --------
+    >>> shares = np.full((2, 2), 0.5)
+    >>> _blame(shares, (np.array([1]), np.array([0]))).tolist(), shares.tolist()
+    ([False, True], [[0.0, 0.0], [-0.5, 0.5]])
+    """
+    rows, labels = came
+    own = shares[came]
+    counts = np.bincount(rows, minlength=len(shares))
+    total = np.bincount(rows, own, len(shares))[rows]
+    # All that came may have a probability too small for a float: then they are blamed alike.
+    target = np.where(total > 0.0, own / np.where(total > 0.0, total, 1.0), 1.0 / counts[rows])
+    shares[rows, labels] -= target
+    taught = counts > 0
+    if not taught.all():
+        shares[~taught] = 0.0
+    return taught
+
+
+def _slopes(features: Features, blame: Floats) -> Floats:
+    """Return the gradient of each row's loss by feature, in the order of the features."""
+    own = features.of_engaged * blame[features.rows, features.labels]
+    begins = np.searchsorted(features.rows, np.arange(len(blame)))
+    # A sum over no pairs is not what `reduceat` makes of it.
+    of_engaged = np.add.reduceat(np.pad(own, ((0, 0), (0, 1))), begins, axis=1).T
+    of_engaged[np.bincount(features.rows, minlength=len(blame)) == 0] = 0.0
+    of_pairs = np.matmul(features.of_pairs, blame[:, :, None])[:, :, 0]
+    slopes: Floats = np.concatenate([blame @ features.of_labels.T, of_pairs, of_engaged], axis=1)
+    return slopes
 
 
 class Affinities:
@@ -135,7 +145,9 @@ class Affinities:
             setattr(self, name, array)
 
     def step(self, gradient: Floats) -> None:
-        """Make one AdaGrad step."""
+        """Make one AdaGrad step, unless the gradient is not finite."""
+        if not np.isfinite(gradient).all():
+            return
         height, width = gradient.shape
         weights, g2 = self.weights[:height, :width], self.g2[:height, :width]
         g2 += gradient * gradient
@@ -172,8 +184,10 @@ def affinity_inputs(rows: Rows) -> Floats:
         own = (label >= 0) & (label < MAX_AFFINITIES)
         inputs[every[own], 1 + label[own]] = LATEST_FADE**number
     width = min(n_labels, MAX_AFFINITIES)
-    count = np.maximum(rows.engaged.sum(axis=1, keepdims=True), 1)
-    inputs[:, 1 + MAX_AFFINITIES : 1 + MAX_AFFINITIES + width] = rows.engaged[:, :width] / np.sqrt(count)
+    count = np.maximum(rows.counts, 1).astype(np.float32)
+    engaged = inputs[:, 1 + MAX_AFFINITIES : 1 + MAX_AFFINITIES + width]
+    engaged[:] = rows.engaged[:, :width]
+    engaged /= np.sqrt(count)[:, None]
     return inputs
 
 
@@ -182,8 +196,8 @@ class Ranker:
 
     Parameters
     ----------
-    names
-        The features it uses.
+    weights
+        Maps the features that it uses to the weights that it starts with.
 
     Attributes
     ----------
@@ -194,22 +208,23 @@ class Ranker:
 
     Examples
     --------
-    >>> ranker = Ranker(["popularity"])
+    >>> ranker = Ranker({"popularity": 0.0})
     >>> none = np.zeros(0, np.int64)
     >>> features = Features(
     ...     ("popularity",), (), (), np.array([[0.0, 1.0]]), np.zeros((1, 0, 2)), np.zeros((0, 0)), none, none
     ... )
+    >>> came = np.array([0]), np.array([1])
     >>> for _ in range(3):
-    ...     ranker.learn(features, None, (np.array([0]), np.array([1])), None)
+    ...     ranker.learn(features, None, softmax(ranker.logits(features, None)), came)
     >>> {name: round(weight, 3) for name, weight in ranker.weights.items()}
-    {'popularity': 0.221}
+    {'popularity': 0.439}
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, weights: Mapping[str, float]) -> None:
         self.model = linear_model.LogisticRegression(optim.AdaGrad(RATE), intercept_lr=0.01)
         self.affinities = Affinities()
         self.steps_refused = 0
-        self.set_weights(dict.fromkeys(names, 0.0))
+        self.set_weights(weights)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -235,25 +250,21 @@ class Ranker:
         -------
         array, shape (n_rows, n_labels)
         """
-        return self._logits(features, inputs, slice(0, len(features.of_pairs)), slice(0, len(features.rows)))
+        of_labels, of_pairs, of_engaged = self._split(features)
+        logits: Floats = np.matmul(of_pairs, features.of_pairs)
+        logits += of_labels @ features.of_labels
+        if of_engaged.any():
+            logits[features.rows, features.labels] += of_engaged @ features.of_engaged
+        if inputs is not None:
+            found = self.affinity(inputs, logits.shape[1])
+            logits[:, : found.shape[1]] += found
+        return logits
 
     def affinity(self, inputs: Floats, n_labels: int) -> Floats:
         """Return the feature that the affinities are, of the labels that have numbers of their own."""
         width = min(n_labels, MAX_AFFINITIES)
         found: Floats = inputs @ self.affinities.weights[:, :width]
         return found
-
-    def _logits(self, features: Features, inputs: Floats | None, rows: slice, engaged: slice) -> Floats:
-        of_labels, of_pairs, of_engaged = self._split(features)
-        logits: Floats = np.matmul(of_pairs, features.of_pairs[rows])
-        logits += of_labels @ features.of_labels
-        if engaged.stop > engaged.start and of_engaged.any():
-            own = of_engaged @ features.of_engaged[:, engaged]
-            logits[features.rows[engaged] - rows.start, features.labels[engaged]] += own
-        if inputs is not None:
-            found = self.affinity(inputs[rows], logits.shape[1])
-            logits[:, : found.shape[1]] += found
-        return logits
 
     def _split(self, features: Features) -> tuple[Floats, Floats, Floats]:
         """Return the weights of the features of each kind, 0 for one that this head does not use."""
@@ -266,11 +277,7 @@ class Ranker:
         )
 
     def learn(
-        self,
-        features: Features,
-        inputs: Floats | None,
-        came: tuple[Ints, Ints],
-        candidates: NDArray[np.bool_] | None,
+        self, features: Features, inputs: Floats | None, shares: Floats, came: tuple[Ints, Ints]
     ) -> None:
         """Learn which labels came, in steps of `STEP_ROWS` rows.
 
@@ -278,64 +285,45 @@ class Ranker:
         ----------
         features, inputs
             As for `logits`.
+        shares
+            The softmax of the logits, over the candidates; used up. The steps of a batch share it: a batch is
+            small beside what was learned before, and computing it anew for each step was measured to gain
+            nothing.
         came
             Pairs of row and label, by row, all candidates; a row without any teaches nothing.
-        candidates
-            Array, shape (n_rows, n_labels); `None` for all labels.
 
         Notes
         -----
-        The loss of a row is -log Σ p_l over the labels that came: it is enough that one of them is ranked high,
-        and that is what is counted.
+        The loss of a row is -log Σ p_l over the labels that came: it is enough that one of them is ranked
+        high, and that is what is counted.
         """
-        n_rows = len(features.of_pairs)
-        for begin in range(0, n_rows, STEP_ROWS):
-            rows = slice(begin, min(begin + STEP_ROWS, n_rows))
-            first, last = np.searchsorted(came[0], [rows.start, rows.stop])
-            if first == last:
+        taught = _blame(shares, came)
+        slopes = _slopes(features, shares)
+        steps = -(-len(shares) // STEP_ROWS)
+        for step in range(steps):
+            # Every so-many-th row: all steps see the same mixture, so that none undoes another's work.
+            rows = slice(step, None, steps)
+            count = int(np.count_nonzero(taught[rows]))
+            if count == 0:
                 continue
-            pairs = came[0][first:last] - begin, came[1][first:last]
-            first, last = np.searchsorted(features.rows, [rows.start, rows.stop])
-            engaged = slice(int(first), int(last))
-            logits = self._logits(features, inputs, rows, engaged)
-            self._step(
-                features, inputs, rows, engaged, logits, pairs, None if candidates is None else candidates[rows]
-            )
+            self._step(features, slopes[rows].sum(axis=0) / count)
+            if inputs is not None:
+                width = min(shares.shape[1], MAX_AFFINITIES)
+                self.affinities.step(inputs[rows].T @ (shares[rows, :width] / count))
 
-    def _step(
-        self,
-        features: Features,
-        inputs: Floats | None,
-        rows: slice,
-        engaged: slice,
-        logits: Floats,
-        came: tuple[Ints, Ints],
-        candidates: NDArray[np.bool_] | None,
-    ) -> None:
-        blame, count = _blame(logits, came, candidates)
-        of_labels = features.of_labels @ blame.sum(axis=0)
-        of_pairs = np.matmul(features.of_pairs[rows], blame[:, :, None]).sum(axis=(0, 2))
-        of_engaged = (
-            features.of_engaged[:, engaged] @ blame[features.rows[engaged] - rows.start, features.labels[engaged]]
-        )
-        found = zip(
-            (*features.label_names, *features.pair_names, *features.engaged_names),
-            np.concatenate([of_labels, of_pairs, of_engaged]).tolist(),
-            strict=True,
-        )
-        weights = self.weights
-        gradient = {name: value / count for name, value in found if name in weights}
+    def _step(self, features: Features, slopes: Floats) -> None:
+        """Make one step along the gradient, given in the order of the features."""
+        names = (*features.label_names, *features.pair_names, *features.engaged_names)
+        weights = self.model._weights
+        gradient = {
+            name: slope for name, slope in zip(names, slopes.tolist(), strict=True) if name in weights
+        }
         if not all(map(isfinite, gradient.values())):
             self.steps_refused += 1
             return
         # As `LogisticRegression._fit` does: the optimizer's step on the model's own weights. The intercept is
         # the same for all candidates, so its gradient is 0.
-        self.model.optimizer.step(self.model._weights, gradient)
-        if inputs is not None:
-            width = min(blame.shape[1], MAX_AFFINITIES)
-            step = inputs[rows].T @ (blame[:, :width] / count)
-            if np.isfinite(step).all():
-                self.affinities.step(step)
+        self.model.optimizer.step(weights, gradient)
 
     def contributions(
         self, features: Features, inputs: Floats, label: int, candidates: NDArray[np.bool_]

@@ -10,7 +10,7 @@ A state is plain data:
 ``heads``         map of "next" and "discovery" to a map of ``weights`` and ``g2`` (maps of feature to
                   float), ``steps`` (int), and ``affinities``: ``weights`` and ``g2``, each bytes of
                   (1 + 2n)·n float32, little endian, n being the number of labels
-``calibrations``  map of "next" and "discovery" to a map of ``weights``, ``g2`` and ``steps``
+``calibrations``  map of "next" and "discovery" to a map of ``weights`` and ``steps``
 ================  =========================================================================================
 
 Weights and squared gradients of several workers are averaged; adding up their changes instead was measured
@@ -61,21 +61,28 @@ def checked_state(state: Any, features: Mapping[str, Sequence[str]]) -> dict[str
             raise ValueError(f"expected a map with v = {STATE_VERSION}, got v = {version!r}")
         labels = state["labels"]
         if type(labels) is not list or len(labels) > MAX_AFFINITIES or len(set(labels)) != len(labels):
-            raise ValueError(f"expected a list of at most {MAX_AFFINITIES} distinct labels, got another thing")
+            raise ValueError(
+                f"expected a list of at most {MAX_AFFINITIES} distinct labels, got another thing"
+            )
         if not all(type(label) is str and 0 < len(label) <= 64 for label in labels):
             raise ValueError("expected labels of 1 to 64 characters, got others")
         heads = {}
         for task in _TASKS:
             head = state["heads"][task]
-            heads[task] = {**_numbers(head, features[task]), "affinities": _affinities(head, len(labels))}
-        calibrations = {task: _numbers(state["calibrations"][task], CALIBRATED) for task in _TASKS}
+            heads[task] = {
+                **_numbers(head, features[task], ("weights", "g2")),
+                "affinities": _affinities(head, len(labels)),
+            }
+        calibrations = {
+            task: _numbers(state["calibrations"][task], CALIBRATED, ("weights",)) for task in _TASKS
+        }
     except (ValueError, TypeError, KeyError, AttributeError) as exc:
         raise ValueError(f"not a ranker: {exc}") from exc
     return {"v": STATE_VERSION, "labels": labels, "heads": heads, "calibrations": calibrations}
 
 
-def _numbers(part: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    for field in ("weights", "g2"):
+def _numbers(part: Mapping[str, Any], names: Sequence[str], fields: Sequence[str]) -> dict[str, Any]:
+    for field in fields:
         given = part[field]
         if set(given) != set(names):
             raise ValueError(f"expected {field} of {', '.join(names)}, got {', '.join(map(str, given))}")
@@ -85,11 +92,7 @@ def _numbers(part: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     steps = part["steps"]
     if type(steps) is not int or steps < 0:
         raise ValueError(f"expected a number of steps, got {steps!r}")
-    return {
-        "weights": {name: part["weights"][name] for name in names},
-        "g2": {name: part["g2"][name] for name in names},
-        "steps": steps,
-    }
+    return {field: {name: part[field][name] for name in names} for field in fields} | {"steps": steps}
 
 
 def _affinities(head: Mapping[str, Any], count: int) -> dict[str, bytes]:
@@ -116,7 +119,9 @@ def average_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for task in _TASKS:
         parts = [state["heads"][task] for state in states]
         affinities = [
-            _average_affinities([(state["labels"], state["heads"][task]["affinities"][field]) for state in states], labels)
+            _average_affinities(
+                [(state["labels"], state["heads"][task]["affinities"][field]) for state in states], labels
+            )
             for field in ("weights", "g2")
         ]
         heads[task] = {**_average(parts), "affinities": dict(zip(("weights", "g2"), affinities, strict=True))}
@@ -125,10 +130,12 @@ def average_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _average(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
+    mean: dict[str, Any] = {
         field: {name: sum(part[field][name] for part in parts) / len(parts) for name in parts[0][field]}
         for field in ("weights", "g2")
-    } | {"steps": sum(part["steps"] for part in parts) // len(parts)}
+        if field in parts[0]
+    }
+    return mean | {"steps": sum(part["steps"] for part in parts) // len(parts)}
 
 
 def _average_affinities(parts: Sequence[tuple[Sequence[str], bytes]], labels: Sequence[str]) -> bytes:

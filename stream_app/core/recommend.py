@@ -16,6 +16,11 @@ __all__ = ["Recommender"]
 HALF_LIFE = 4.0
 """Of the popularity of an asset, in periods of half a week."""
 
+_Offer = tuple[str, tuple[str, ...], list[tuple[str, tuple[str, ...]]]]
+"""Event type; the label; assets with their labels, that label first."""
+_UNKNOWN: _Offer = ("", (), [])
+_new = tuple.__new__
+
 
 class Recommender:
     """A snapshot of assets and event types.
@@ -42,14 +47,7 @@ class Recommender:
         types = statistics.types[: len(statistics.event_types), : len(self._labels)]
         likeliest = types.argmax(axis=0) if len(types) else np.zeros(len(self._labels), np.int64)
         self._types = [statistics.event_types[place] if len(types) else "" for place in likeliest.tolist()]
-        self._known: dict[int, tuple[str, tuple[str, ...], list[tuple[str, tuple[str, ...]]]]] = {}
-
-    def _label(self, label: int) -> tuple[str, tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
-        """Return the likeliest event type of a label, its name, and its most popular assets with their labels."""
-        found = self._known.get(label)
-        if found is None:
-            found = self._known[label] = self._find(label)
-        return found
+        self._known: list[_Offer | None] = [None] * len(self._labels)
 
     def offers(
         self,
@@ -71,29 +69,40 @@ class Recommender:
             Assets and labels of the user; neither is recommended.
         """
         found = []
-        own = frozenset(engaged)
+        known = self._known
+        own: frozenset[str] | None = None
         for label, growth_weight, base_weight in zip(labels, growth_weights, base_weights, strict=False):
-            event_type, name, offered = self._label(label)
-            if not name:
+            kept = known[label] if label < len(known) else _UNKNOWN
+            event_type, names, offered = self._find(label) if kept is None else kept
+            if not names:  # it has appeared since
                 continue
-            asset_id, names = None, name
+            asset_id = None
             for one, carried in offered:
                 if one not in assets:
                     asset_id, names = one, carried
-                    if len(carried) > 1 and not own.isdisjoint(carried):
-                        names = tuple(other for other in carried if other not in own)
+                    if len(carried) > 1:
+                        if own is None:
+                            own = frozenset(engaged)
+                        if not own.isdisjoint(carried):
+                            names = tuple(other for other in carried if other not in own)
                     break
-            found.append(Recommendation(event_type, asset_id, names, growth_weight, base_weight))
+            # As `Recommendation(...)`, in a third of the time: twenty are made of each user.
+            found.append(_new(Recommendation, (event_type, asset_id, names, growth_weight, base_weight)))
         return found
 
-    def _find(self, label: int) -> tuple[str, tuple[str, ...], list[tuple[str, tuple[str, ...]]]]:
-        if label >= len(self._labels):  # it has appeared since
-            return "", (), []
+    def _find(self, label: int) -> _Offer:
+        """Return a label's offer, and keep it for the next user."""
         begin, end = self._begins[label], self._begins[label + 1]
         name = self._labels[label]
-        found = []
-        for asset in (self._by_label[begin : min(end, begin + KEPT_ASSETS)] >> LABEL_BITS).tolist():
-            first, last = np.searchsorted(self._by_asset, [asset << LABEL_BITS, (asset + 1) << LABEL_BITS])
-            others = [self._labels[place] for place in (self._by_asset[first:last] & LABEL_MASK).tolist()]
-            found.append((self._assets[asset], (name, *[other for other in others if other != name])))
-        return self._types[label], (name,), found
+        assets = self._by_label[begin : min(end, begin + KEPT_ASSETS)] >> LABEL_BITS
+        firsts = np.searchsorted(self._by_asset, assets << LABEL_BITS).tolist()
+        lasts = np.searchsorted(self._by_asset, (assets + 1) << LABEL_BITS).tolist()
+        offered = []
+        for asset, first, last in zip(assets.tolist(), firsts, lasts, strict=True):
+            names: tuple[str, ...] = (name,)
+            if last - first > 1:
+                others = (self._by_asset[first:last] & LABEL_MASK).tolist()
+                names += tuple(self._labels[place] for place in others if place != label)
+            offered.append((self._assets[asset], names))
+        found = self._known[label] = (self._types[label], (name,), offered)
+        return found

@@ -7,6 +7,7 @@ how scores come about (that is `model`): readers import this module, and need ne
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import NamedTuple
 
 import msgpack
 
@@ -17,9 +18,10 @@ MAX_SCORES = 20
 """How many next categories, and how many recommendations, are kept of a user at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Recommendation:
+class Recommendation(NamedTuple):
     """Something that a user has never engaged and may turn to next.
+
+    A tuple, since many are made: its fields are in the order in which they are stored.
 
     Parameters
     ----------
@@ -99,10 +101,7 @@ def pack_scores(scored: Scored) -> bytes:
             "t": scored.at_ms,
             "m": scored.model_version,
             "n": scored.next_categories,
-            "r": [
-                (tip.event_type, tip.asset_id, tip.labels, tip.growth_weight, tip.base_weight)
-                for tip in scored.recommendations
-            ],
+            "r": scored.recommendations,
         }
     )
     return packed

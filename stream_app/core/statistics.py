@@ -71,7 +71,7 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     # Pairs (k, l): l was engaged when k was the user's latest label, one of the latest three.
     "last": ("label", "label"),
     "latest": ("label", "label"),
-    # Pairs (k, l): l was engaged for the first time by a user who had engaged k, or earlier in the same event.
+    # Pairs (k, l): l was engaged for the first time by who had engaged k, or k stands before l in that event.
     "before": ("label", "label"),
     # Engaged labels by the time since their last engagement: how many there were, how many came again.
     "gaps": ("gap", "outcome"),
@@ -112,8 +112,8 @@ def _positions(table: str, codes: Ints) -> list[Ints]:
 def gap_of(ages_ms: NDArray[np.float64]) -> Ints:
     """Return the bucket of the time since a label was last engaged: two per doubling, exact at the edges.
 
-    The exponent and the first bit of the mantissa of a float are such a bucket, without a logarithm that might
-    round differently elsewhere.
+    The exponent and the first bit of the mantissa of a float are such a bucket, without a logarithm that
+    might round differently elsewhere.
 
     Parameters
     ----------
@@ -126,7 +126,8 @@ def gap_of(ages_ms: NDArray[np.float64]) -> Ints:
     [0, 0, 1, 3, 4, 5, 53]
     """
     half_octaves = (np.maximum(ages_ms, 0.5).view(np.int64) >> 51) - (1023 * 2 - 1)
-    return np.clip(half_octaves, 0, GAPS - 1)
+    buckets: Ints = np.clip(half_octaves, 0, GAPS - 1)
+    return buckets
 
 
 def _no_names() -> dict[str, list[str]]:
@@ -151,9 +152,10 @@ class Delta:
 
     Examples
     --------
-    >>> one = Delta(1, {"label": ["b"], "type": [], "asset": []}, {"first_times": (np.array([0]), np.array([1]))})
-    >>> two = Delta(1, {"label": ["a", "b"], "type": [], "asset": []},
-    ...             {"first_times": (np.array([0, 1]), np.array([1, 1]))})
+    >>> one = {"first_times": (np.array([0]), np.array([1]))}
+    >>> two = {"first_times": (np.array([0, 1]), np.array([1, 1]))}
+    >>> one = Delta(1, {"label": ["b"], "type": [], "asset": []}, one)
+    >>> two = Delta(1, {"label": ["a", "b"], "type": [], "asset": []}, two)
     >>> both = Delta.merged([one, two])
     >>> both.examples, both.names["label"], both.tables["first_times"][1].tolist()
     (2, ['b', 'a'], [2, 1])
@@ -351,8 +353,8 @@ class _Names:
 class Fading:
     """Counts per period of time, of which the last ones are told apart.
 
-    Which periods those are is decided by the latest one ever counted, so the counts do not depend on the order
-    in which they were added.
+    Which periods those are is decided by the latest one ever counted, so the counts do not depend on the
+    order in which they were added.
 
     Parameters
     ----------
@@ -507,8 +509,8 @@ class Statistics:
         Returns
         -------
         array or None
-            The former positions of the labels that stay, in order: all positions have changed. `None`: nothing
-            has.
+            The former positions of the labels that stay, in order: all positions have changed. `None` if
+            nothing has.
         """
         new = set(labels).difference(self.label_places)
         if len(self.labels) + len(new) <= MAX_LABELS:
@@ -523,16 +525,15 @@ class Statistics:
                 self._names.add("label", label)
         self._grow()
 
-    def place_event_type(self, event_type: str) -> int | None:
-        """Return the position of an event type, a new one at the end; `None` for one too many."""
-        position = self._names.places["type"].get(event_type)
-        if position is None and len(self.event_types) < MAX_EVENT_TYPES:
-            position = self._names.add("type", event_type)
-        return position
-
-    def place_asset(self, asset_id: str) -> int:
-        """Return the position of an asset, a new one at the end."""
-        return self._names.add("asset", asset_id)
+    def places_of(self, kind: str, names: Sequence[str]) -> list[int]:
+        """Return the positions of event types or assets, new ones at the end; -1 for event types too many."""
+        place = self._names.places[kind].get
+        found = [place(name, -1) for name in names]
+        if -1 in found:
+            for number, name in enumerate(names):
+                if found[number] < 0 and (kind != "type" or len(self.event_types) < MAX_EVENT_TYPES):
+                    found[number] = self._names.add(kind, name)
+        return found
 
     def count(self, examples: int, tables: Mapping[str, Ints | tuple[Ints, Ints]]) -> None:
         """Count examples, here and in what `take_delta` will return.
@@ -580,11 +581,10 @@ class Statistics:
         delta = Delta.merged([delta])
         self.place_labels(delta.names["label"])
         of_label = self.label_places
-        types = [self.place_event_type(event_type) for event_type in delta.names["type"]]
         places = {
             "label": np.array([of_label.get(label, -1) for label in delta.names["label"]], np.int64),
-            "asset": np.array([self.place_asset(asset_id) for asset_id in delta.names["asset"]], np.int64),
-            "type": np.array([-1 if place is None else place for place in types], np.int64),
+            "asset": np.array(self.places_of("asset", delta.names["asset"]), np.int64),
+            "type": np.array(self.places_of("type", delta.names["type"]), np.int64),
         }
         tables = {}
         for table, (codes, counts) in delta.tables.items():
@@ -610,12 +610,11 @@ class Statistics:
 
     def _add_assets(self, periods: Ints, pairs: Ints, counts: Ints) -> None:
         rows = self.asset_rows
-        place = np.empty(len(pairs), np.int64)
-        for number, pair in enumerate(pairs.tolist()):
-            row = rows.get(pair)
-            if row is None:
-                row = rows[pair] = len(rows)
-            place[number] = row
+        known = pairs.tolist()
+        found = [rows.get(pair, -1) for pair in known]
+        if -1 in found:
+            found = [rows.setdefault(pair, len(rows)) for pair in known]
+        place = np.array(found, np.int64)
         self.assets.add(periods, place, counts)
         if len(rows) > MAX_ASSET_PAIRS:
             self._drop_assets()

@@ -10,7 +10,7 @@ and so are the results: cutting the same log into other slices gives the same tr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold
@@ -21,9 +21,8 @@ from stream_app.core.transition import Transition
 __all__ = ["Applied", "StepResult", "fold_slice"]
 
 
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """A record that was no duplicate.
+class Applied(NamedTuple):
+    """A record that was no duplicate; a tuple, since there is one for every event.
 
     Parameters
     ----------

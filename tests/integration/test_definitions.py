@@ -154,8 +154,9 @@ class Stage:
             "STREAM_APP__KAFKA__BOOTSTRAP_SERVERS": self.kafka,
             "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": self.session_timeout_s,
             "STREAM_APP__REDIS__URL": self.redis_url,
-            # With the model on, users are scored again in the background, which commits: whether a start under
-            # known definitions has nothing to do could not be told. Base segments do not know of the model.
+            # With the model on, users are scored again in the background, which commits: whether a start
+            # under known definitions has nothing to do could not be told. Base segments do not know of the
+            # model.
             "STREAM_APP__MODEL__ENABLED": "false",
         }
 
