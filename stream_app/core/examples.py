@@ -41,16 +41,27 @@ def histories_before(
 
 def examples_of(applied: Sequence[Applied], weights: Weights) -> list[Example]:
     """Return the records that the model can learn from: those with labels that were no duplicates."""
-    return [
-        Example(
-            user_id=one.record.event.user_id,
-            event_type=one.record.event.event_type,
-            event_time_ms=one.record.event.event_time_ms,
-            labels=one.record.event.labels,
-            asset_id=one.record.event.asset_id,
-            fresh=one.fresh,
-            weight=weights.action_weight(one.record.event.event_type),
+    examples = []
+    begun: set[str] = set()  # users who began anew with an event that had no labels
+    for record, _, fresh in applied:
+        event = record.event
+        if not event.labels:
+            if fresh:
+                begun.add(event.user_id)
+            continue
+        if begun and event.user_id in begun:
+            begun.discard(event.user_id)
+            fresh = True
+        amount = weights.action_weight(event.event_type)
+        examples.append(
+            Example(
+                event.user_id,
+                event.event_type,
+                event.event_time_ms,
+                event.labels,
+                event.asset_id,
+                fresh,
+                amount,
+            )
         )
-        for one in applied
-        if one.record.event.labels
-    ]
+    return examples

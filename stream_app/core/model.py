@@ -44,8 +44,9 @@ REBUILD_EXAMPLES = 4_000
 GROWN_EXAMPLES = 1_000
 """The same where labels have appeared that the last one lacks."""
 OFFERS_EXAMPLES = 50_000
+"""Examples between two snapshots of assets and event types, at most: these change slowly."""
 OFFERS_SHARE = 4
-"""Examples between two snapshots of assets and event types, which change slowly; and part of what was counted."""
+"""The same as a part of what was counted."""
 COUNTED_LATEST = 3
 """How many of the latest labels are counted with what comes next."""
 MODEL_SCHEMA = "1"
@@ -165,7 +166,11 @@ class NextCategoryModel:
         """
         observed = Observed(*(np.full(len(examples), np.nan) for _ in range(6)))
         due = [place for place, example in enumerate(examples) if example.labels]
-        self._make_room({label for place in due for label in examples[place].labels})
+        labels = {label for place in due for label in examples[place].labels}
+        # Engaged before the model learned from them: they count as history however the log is cut.
+        engaged = dict.fromkeys(label for history in histories.values() for label in history.labels)
+        self._make_room(labels.union(engaged))
+        self.statistics.place_labels(engaged)
         part = Slice(
             histories, [examples[place] for place in due], self.statistics.label_places, self._half_life_ms
         )
@@ -341,7 +346,7 @@ class NextCategoryModel:
         return scored
 
     def _score(self, histories: Sequence[History]) -> list[Scored]:
-        if not self.statistics.labels:
+        if self.statistics.examples <= 0:
             return [Scored(history.user_id, history.at_ms, [], [], self.version) for history in histories]
         _, next_shares, growth_shares = self._shares(histories)
         labels = np.array(self.statistics.labels, np.object_)
@@ -570,12 +575,15 @@ def _best(shares: Floats) -> Ints:
     >>> _best(np.array([[0.2, 0.5, 0.2, 0.1]])).tolist()
     [[1, 0, 2, 3]]
     """
-    count = min(MAX_SCORES, shares.shape[1])
-    if count < shares.shape[1]:
-        best = np.sort(np.argpartition(shares, -count, axis=1)[:, -count:], axis=1)
-    else:
-        best = np.broadcast_to(np.arange(count), shares.shape)
-    order = np.argsort(-np.take_along_axis(shares, best, axis=1), axis=1, kind="stable")
+    size = shares.shape[1]
+    count = min(MAX_SCORES, size)
+    # The bits of a float that is not negative are in its order; positions below them make ties distinct.
+    keys = (
+        shares.astype(np.float32).view(np.int32).astype(np.int64) << 12
+        | np.arange(MAX_LABELS, MAX_LABELS - size, -1) - 1
+    )
+    best = np.argpartition(keys, size - count, axis=1)[:, size - count :]
+    order = np.argsort(-np.take_along_axis(keys, best, axis=1), axis=1)
     return np.take_along_axis(best, order, axis=1)
 
 

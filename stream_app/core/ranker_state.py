@@ -18,7 +18,7 @@ to ruin the ranking.
 """
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import fsum
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ __all__ = ["STATE_VERSION", "average_states", "checked_state"]
 STATE_VERSION = 1
 CALIBRATED = ("log odds", "shift")
 _TASKS = ("next", "discovery")
+_MOST = {"weights": 1e6, "g2": 1e18}
+"""Far beyond what is learned; larger ones would be infinite as 32 bit, and their scores nan."""
 
 
 def checked_state(state: Any, features: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -87,8 +89,11 @@ def _numbers(part: Mapping[str, Any], names: Sequence[str], fields: Sequence[str
         if set(given) != set(names):
             raise ValueError(f"expected {field} of {', '.join(names)}, got {', '.join(map(str, given))}")
         for name, value in given.items():
-            if type(value) is not float or not isfinite(value) or (field == "g2" and value < 0.0):
-                raise ValueError(f"expected finite numbers in {field}, got {value!r} for {name}")
+            least = 0.0 if field == "g2" else -_MOST[field]
+            if type(value) is not float or not least <= value <= _MOST[field]:
+                raise ValueError(
+                    f"expected numbers of at most {_MOST[field]:g} in {field}, got {value!r} for {name}"
+                )
     steps = part["steps"]
     if type(steps) is not int or steps < 0:
         raise ValueError(f"expected a number of steps, got {steps!r}")
@@ -103,7 +108,8 @@ def _affinities(head: Mapping[str, Any], count: int) -> dict[str, bytes]:
         if type(blob) is not bytes or len(blob) != expected:
             raise ValueError(f"expected {expected} bytes of affinities for {count} labels")
         values = np.frombuffer(blob, "<f4")
-        if not np.isfinite(values).all() or (field == "g2" and (values < 0.0).any()):
+        least = 0.0 if field == "g2" else -_MOST[field]
+        if not ((values >= least) & (values <= _MOST[field])).all():
             raise ValueError(f"expected finite numbers in {field} of affinities, got others")
         found[field] = blob
     return found
@@ -131,7 +137,7 @@ def average_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _average(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     mean: dict[str, Any] = {
-        field: {name: sum(part[field][name] for part in parts) / len(parts) for name in parts[0][field]}
+        field: {name: fsum(part[field][name] for part in parts) / len(parts) for name in parts[0][field]}
         for field in ("weights", "g2")
         if field in parts[0]
     }

@@ -86,6 +86,11 @@ LABEL_MASK = (1 << LABEL_BITS) - 1
 """The label of a code, which is always the last position."""
 
 
+_MOST_EXAMPLES = 1 << 53
+_MOST_COUNT = 1 << 31
+"""What a document may say at most: counts are kept in 32 bits."""
+
+
 def codes_of(table: str, *positions: NDArray[Any] | int) -> Ints:
     """Return the codes of counts from their positions on the axes of a table.
 
@@ -249,7 +254,7 @@ class Delta:
         if version != DELTA_VERSION:
             raise ValueError(f"expected a map with v = {DELTA_VERSION}, got v = {version!r}")
         examples = document["examples"]
-        if type(examples) is not int or examples < 0:
+        if type(examples) is not int or not 0 <= examples < _MOST_EXAMPLES:
             raise ValueError(f"expected a number of examples, got {examples!r}")
         names = {}
         for kind in NAMED:
@@ -273,7 +278,7 @@ class Delta:
                     raise ValueError(f"expected {len(counts)} values on axis {axis}, got {len(values)}")
                 least, most = 0, 1 << 53
                 if axis == "count":
-                    least = 1
+                    least, most = 1, _MOST_COUNT
                 elif axis in NAMED:
                     most = len(names[axis])
                 else:
@@ -515,15 +520,19 @@ class Statistics:
         new = set(labels).difference(self.label_places)
         if len(self.labels) + len(new) <= MAX_LABELS:
             return None
-        return self._drop_labels(min(max(len(new), MAX_LABELS // 8), MAX_LABELS // 2))
+        drop = max(len(self.labels) + len(new) - MAX_LABELS, MAX_LABELS // 8)
+        return self._drop_labels(min(drop, len(self.labels)))
 
     def place_labels(self, labels: Iterable[str]) -> None:
         """Give labels a position, new ones at the end, as far as there is room for them."""
         places = self.label_places
+        before = len(places)
         for label in labels:
             if label not in places and len(places) < MAX_LABELS:
                 self._names.add("label", label)
-        self._grow()
+        if len(places) > before:
+            self.changes += 1
+            self._grow()
 
     def places_of(self, kind: str, names: Sequence[str]) -> list[int]:
         """Return the positions of event types or assets, new ones at the end; -1 for event types too many."""
@@ -531,7 +540,13 @@ class Statistics:
         found = [place(name, -1) for name in names]
         if -1 in found:
             for number, name in enumerate(names):
-                if found[number] < 0 and (kind != "type" or len(self.event_types) < MAX_EVENT_TYPES):
+                if found[number] >= 0:
+                    continue
+                if (
+                    kind != "type"
+                    or name in self._names.places[kind]
+                    or len(self.event_types) < MAX_EVENT_TYPES
+                ):
                     found[number] = self._names.add(kind, name)
         return found
 
@@ -576,15 +591,17 @@ class Statistics:
     def add(self, delta: Delta, sign: int = 1) -> None:
         """Add counts from elsewhere, or with sign -1 take them away again; they are not pending.
 
-        Counts of labels for which there is no room are left out: see `make_room`.
+        Counts of labels for which there is no room are left out: see `make_room`. What has left since it was
+        added is not there to be taken away.
         """
         delta = Delta.merged([delta])
-        self.place_labels(delta.names["label"])
-        of_label = self.label_places
+        if sign > 0:
+            self.place_labels(delta.names["label"])
+            self.places_of("asset", delta.names["asset"])
+            self.places_of("type", delta.names["type"])
         places = {
-            "label": np.array([of_label.get(label, -1) for label in delta.names["label"]], np.int64),
-            "asset": np.array(self.places_of("asset", delta.names["asset"]), np.int64),
-            "type": np.array(self.places_of("type", delta.names["type"]), np.int64),
+            kind: np.array([self._names.places[kind].get(name, -1) for name in delta.names[kind]], np.int64)
+            for kind in NAMED
         }
         tables = {}
         for table, (codes, counts) in delta.tables.items():
@@ -594,6 +611,19 @@ class Statistics:
                     known &= places[axis][positions] >= 0
             tables[table] = (_recoded(table, codes[known], places), sign * counts[known])
         self._apply(sign * delta.examples, tables)
+        if sign < 0:
+            # A label that left and came back since has lost the counts that are taken away here.
+            arrays = (
+                self.hours,
+                self.types,
+                self.first_times,
+                self.gaps,
+                self.last,
+                self.latest,
+                self.before,
+            )
+            for array in (*arrays, self.popularity.counts, self.assets.counts):
+                np.maximum(array, 0, out=array)
 
     def _apply(self, examples: int, tables: Mapping[str, tuple[Ints, Ints]]) -> None:
         self.examples += examples
@@ -623,7 +653,10 @@ class Statistics:
         size, capacity = len(self.labels), len(self.first_times)
         if size <= capacity:
             return
-        more = min(2 * capacity, MAX_LABELS) - capacity
+        grown = capacity
+        while grown < size:
+            grown *= 2
+        more = min(grown, MAX_LABELS) - capacity
         self.first_times = np.pad(self.first_times, (0, more))
         self.hours = np.pad(self.hours, ((0, 0), (0, more)))
         self.types = np.pad(self.types, ((0, 0), (0, more)))
@@ -642,14 +675,12 @@ class Statistics:
         self._names.kept("label", keep)
         self.popularity.keep(keep)
         capacity = len(self.first_times)
-        kept: dict[str, Any] = {"first_times": self.first_times[keep]}
+        room = (0, capacity - len(keep))
+        self.first_times = np.pad(self.first_times[keep], room)
         for table in ("hours", "types"):
-            kept[table] = getattr(self, table)[:, keep]
+            setattr(self, table, np.pad(getattr(self, table)[:, keep], ((0, 0), room)))
         for table in ("last", "latest", "before"):
-            kept[table] = getattr(self, table)[np.ix_(keep, keep)]
-        for table, array in kept.items():
-            widths = [(0, capacity - len(keep) if len_ == len(keep) else 0) for len_ in array.shape]
-            setattr(self, table, np.pad(array, widths))
+            setattr(self, table, np.pad(getattr(self, table)[np.ix_(keep, keep)], (room, room)))
         pairs = np.fromiter(self.asset_rows, np.int64, len(self.asset_rows))
         label = place[pairs & LABEL_MASK]
         self._keep_assets((pairs & ~LABEL_MASK) | label, np.flatnonzero(label >= 0))
