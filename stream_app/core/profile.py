@@ -306,7 +306,7 @@ def unpack(user_id: str, blob: bytes) -> Profile:
 def _seen_ms(stored: dict[str, int]) -> dict[str, int]:
     """Return the field `s` as it came, after a look at it."""
     "".join(stored)
-    if not all(type(instant_ms) is int for instant_ms in stored.values()):
+    if not {int}.issuperset(map(type, stored.values())):
         raise ValueError("expected integers in s, got others")
     return stored
 
