@@ -1,4 +1,4 @@
-"""Seeded streams of examples for the model, what a plain reader knows of users, and a plain judge of the counts.
+"""Seeded streams of examples for the model, what a plain reader knows of users, and a judge of the counts.
 
 The judge counts in dictionaries and loops and imports nothing of what it judges but the example itself.
 """
@@ -43,7 +43,7 @@ def history(
 def random_examples(
     seed: int, count: int = 600, *, users: int = 14, labels: int = 11, step_ms: int = 3 * HOUR_MS
 ) -> list[Example]:
-    """Return a messy stream: several labels or none, late events, types that engage nothing, new beginnings."""
+    """Return a messy stream: none or some labels, late events, types that engage nothing, new beginnings."""
     rng = random.Random(f"examples {seed}")
     now_ms = START_MS
     known: set[str] = set()
@@ -72,7 +72,7 @@ def some_histories(seed: int, labels: Sequence[str], count: int = 20) -> list[Hi
     rng = random.Random(f"histories {seed}")
     made = []
     for number in range(count):
-        own = rng.sample(list(labels), rng.choice([0, 1, 2, len(labels) // 2, len(labels)]))
+        own = rng.sample(list(labels), min(rng.choice([0, 1, 2, len(labels) // 2, len(labels)]), len(labels)))
         if rng.random() < 0.2:
             own.insert(0, f"nobody-{number}")
         assets = [f"asset-{label}-{rng.randrange(4)}" for label in own]

@@ -545,12 +545,17 @@ class PartitionTask:
     async def _rescore(self, owned: _Owned, learner: Learner, stream_time_ms: int) -> bool:
         """Score a bounded number of those users again whose last scoring is half the maximum age old."""
         shell = self._shell
+        half_ms = learner.max_age_ms // 2
         at_ms = stream_time_ms
-        if shell.clock == "wall":
+        if shell.clock == "wall" and not self._queue:
             at_ms = max(at_ms, shell.now_ms())
-        users = await shell.store.scored_before(
-            self.partition, at_ms - learner.max_age_ms // 2, shell.rescored_per_s
-        )
+        users = await shell.store.scored_before(self.partition, at_ms - half_ms, shell.rescored_per_s)
+        if users and at_ms > stream_time_ms:
+            # With a backlog it follows stream time, as the timer does: nobody is judged ahead of his events.
+            ends = await shell.probe.ends(self.partition)
+            if ends.end != owned.watermark or self._queue:
+                at_ms = stream_time_ms
+                users = await shell.store.scored_before(self.partition, at_ms - half_ms, shell.rescored_per_s)
         if not users:
             return False
         profiles, before = await shell.store.load(self.partition, users)
@@ -736,7 +741,7 @@ class PartitionTask:
             expires_at_ms = {
                 user_id: profile.forget_ms + margin_ms
                 for user_id, profile in profiles.items()
-                if not profile.exits_at_ms
+                if not profile.memberships
             }
         return Commit(profiles=profiles, before=before, expires_at_ms=expires_at_ms)
 

@@ -42,26 +42,33 @@ def histories_before(
 def examples_of(applied: Sequence[Applied], weights: Weights) -> list[Example]:
     """Return the records that the model can learn from: those with labels that were no duplicates."""
     examples = []
-    begun: set[str] = set()  # users who began anew with an event that had no labels
-    for record, _, fresh in applied:
+    # What an event without labels has done to a history is told with the user's next one that has some.
+    begun: set[str] = set()
+    forgot: dict[str, History] = {}
+    for record, _, fresh, left in applied:
         event = record.event
-        if not event.labels:
-            if fresh:
-                begun.add(event.user_id)
-            continue
-        if begun and event.user_id in begun:
-            begun.discard(event.user_id)
-            fresh = True
-        amount = weights.action_weight(event.event_type)
-        examples.append(
-            Example(
-                event.user_id,
-                event.event_type,
-                event.event_time_ms,
-                event.labels,
-                event.asset_id,
-                fresh,
-                amount,
+        user_id = event.user_id
+        if event.labels:
+            known = forgot.pop(user_id, None) if forgot else None
+            if begun and user_id in begun:
+                begun.discard(user_id)
+                fresh = True
+            amount = weights.action_weight(event.event_type)
+            examples.append(
+                Example(
+                    user_id,
+                    event.event_type,
+                    event.event_time_ms,
+                    event.labels,
+                    event.asset_id,
+                    fresh,
+                    amount,
+                    None if fresh else known,
+                )
             )
-        )
+        elif fresh:
+            begun.add(user_id)
+            forgot.pop(user_id, None)
+        if left is not None:
+            forgot[user_id] = History.of(left, weights, event.event_time_ms)
     return examples

@@ -40,6 +40,9 @@ class Example(NamedTuple):
         Whether the user's history began anew with it.
     weight
         What the event adds to the profile at its own instant; with 0 nothing is engaged by it.
+    known
+        What is left of the user's history, where the profile has forgotten some of it since the example
+        before; else `None`.
     """
 
     user_id: str
@@ -49,6 +52,7 @@ class Example(NamedTuple):
     asset_id: str | None
     fresh: bool = False
     weight: float = 1.0
+    known: "History | None" = None
 
 
 @dataclass(slots=True)
@@ -246,18 +250,21 @@ class Slice:
         user, user_id = _User(0, [], [], []), None
         last = -1
         for row, (number, example) in enumerate(zip(order, examples, strict=True)):
-            if example.user_id != user_id:
+            comes_first = example.user_id != user_id
+            if comes_first:
                 user_id = example.user_id
                 user = self._user(user_id, example)
                 last = last_of[user_id]
-                begins.append(row)
-                if not example.fresh:
-                    known.add(row, user)
-            if example.fresh:
-                user.clear(example.event_time_ms)
-                if begins[-1] < row:
-                    begins.append(row)
+            begins_anew = example.fresh or example.known is not None
+            if begins_anew:
                 later = [one for one in later if one[0] is not user]
+                if example.known is not None:
+                    user = self._users[example.user_id] = _read(example.known, places)
+                else:
+                    user.clear(example.event_time_ms)
+            if comes_first or begins_anew:
+                begins.append(row)
+                known.add(row, user)
             since_ms.append(user.at_ms)
             latest.append(user.latest)
             own = [places[label] for label in example.labels if label in places]

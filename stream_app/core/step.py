@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold
-from stream_app.core.profile import Profile
+from stream_app.core.profile import Profile, TypeSums
 from stream_app.core.segment_set import SegmentSet
 from stream_app.core.transition import Transition
 
@@ -32,11 +32,14 @@ class Applied(NamedTuple):
         R, the instant at which it took effect.
     fresh
         Whether the user's profile began with it, for the first time or anew.
+    left
+        What the profile says of labels after it, where it has forgotten some; else `None`.
     """
 
     record: Record
     at_ms: int
     fresh: bool
+    left: Profile | None = None
 
 
 @dataclass(slots=True)
@@ -128,13 +131,27 @@ def fold_slice(
             transitions += fold.redefine(profile, before_ms, old[profile.definitions])
             changed[event.user_id] = profile
         applied_before = None if profile is None else profile.applied
+        engaged = 0 if profile is None else len(profile.seen_ms.keys() | event.labels)
         after, caused = fold.apply(profile, event, stream_time_ms, record.offset)
         fresh = after is not profile
         if fresh or after.applied != applied_before:
             at_ms = max(stream_time_ms, after.last_transition_ms or stream_time_ms)
-            applied.append(Applied(record, at_ms, fresh))
+            left = None
+            if fold.keeps_seen and not fresh and len(after.seen_ms) < engaged:
+                left = _labels_of(after)
+            applied.append(Applied(record, at_ms, fresh, left))
         elif not caused:
             continue
         profiles[event.user_id] = changed[event.user_id] = after
         transitions += caused
     return StepResult(changed, transitions, stream_time_ms, applied)
+
+
+def _labels_of(profile: Profile) -> Profile:
+    """Return what a profile says of labels, to be kept while the profile changes."""
+    return Profile(
+        profile.user_id,
+        profile.landmark_ms,
+        {name: TypeSums(sums.total, dict(sums.labels)) for name, sums in profile.weights.items()},
+        seen_ms=dict(profile.seen_ms),
+    )
