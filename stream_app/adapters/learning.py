@@ -438,7 +438,7 @@ class Learner:
         counts = await self._all_deltas(partition)
 
         def add_up() -> bytes:
-            return _packed(Delta.merged(counts.deltas).as_document())
+            return _packed(Delta.merged(counts.deltas).condensed().as_document())
 
         await self._store.compact(partition, epoch, counts.number, await asyncio.to_thread(add_up))
         part.base_number = counts.number

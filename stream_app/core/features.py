@@ -214,7 +214,7 @@ class Matrices:
     ----------
     n_labels, names
         How many labels it knows, and which.
-    examples, changes
+    moved, changes
         Those of the statistics when it was made.
     """
 
@@ -223,7 +223,7 @@ class Matrices:
         size = len(statistics.labels)
         self.n_labels = size
         self.names = np.array(statistics.labels, np.object_)
-        self.examples = statistics.examples
+        self.moved = statistics.moved
         self.changes = statistics.changes
         self._kind = kind
         self._workspace = workspace

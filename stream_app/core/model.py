@@ -441,7 +441,7 @@ class NextCategoryModel:
         for kept in (self._matrices, self._scoring):
             if kept is None:
                 continue
-            since = abs(statistics.examples - kept.examples)
+            since = statistics.moved - kept.moved
             most = min(REBUILD_EXAMPLES, statistics.examples // LEARNED_SHARE)
             if len(statistics.labels) != kept.n_labels:
                 most = min(most, GROWN_EXAMPLES)

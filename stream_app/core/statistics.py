@@ -84,6 +84,8 @@ NAMED = ("label", "type", "asset")
 LABEL_BITS = _BITS["label"]
 LABEL_MASK = (1 << LABEL_BITS) - 1
 """The label of a code, which is always the last position."""
+_PAIR_MASK = (1 << (_BITS["asset"] + LABEL_BITS)) - 1
+"""The asset and the label of a code of `assets`."""
 
 
 _MOST_EXAMPLES = 1 << 53
@@ -172,9 +174,13 @@ class Delta:
 
     @classmethod
     def merged(cls, deltas: Iterable["Delta"]) -> "Delta":
-        """Return the sum of deltas: each count once, names that are used, in order of first appearance."""
+        """Return the sum of deltas: each count once, names that are used, in order of first appearance.
+
+        Of more labels or event types than a model can have the rarest are left out, with their counts.
+        """
         deltas = list(deltas)
         names = _Names()
+        left_out = _left_out(deltas)
         collected: dict[str, list[tuple[Ints, Ints]]] = {}
         for group in _grouped(deltas):
             tables = {
@@ -193,9 +199,13 @@ class Delta:
                 place = np.full(len(given), -1, np.int64)
                 if positions_of:
                     for position in np.unique(np.concatenate(positions_of)).tolist():
-                        place[position] = names.add(kind, given[position])
+                        if given[position] not in left_out[kind]:
+                            place[position] = names.add(kind, given[position])
                 places[kind] = place
             for table, (codes, counts) in tables.items():
+                if any(left_out.values()):
+                    held = _held(table, codes, places)
+                    codes, counts = codes[held], counts[held]
                 collected.setdefault(table, []).append((_recoded(table, codes, places), counts))
         summed = {table: _summed(parts) for table, parts in collected.items()}
         return cls(
@@ -203,6 +213,31 @@ class Delta:
             names.lists,
             {table: part for table, part in summed.items() if len(part[0])},
         )
+
+    def condensed(self) -> "Delta":
+        """Return the same counts with what a model does not tell apart put together.
+
+        Periods that have faded away are one, and of too many assets each label keeps its most popular ones,
+        so the sum of a partition's deltas does not grow for ever.
+        """
+        tables = dict(self.tables)
+        names = self.names
+        for table, periods in (("popularity", LABEL_PERIODS), ("assets", ASSET_PERIODS)):
+            if table not in tables or not len(tables[table][0]):
+                continue
+            codes, counts = tables[table]
+            of_period, *others = _positions(table, codes)
+            oldest = max(0, int(of_period.max()) - periods)
+            codes = codes_of(table, np.maximum(of_period, oldest), *others)
+            tables[table] = _summed([(codes, counts)])
+        if "assets" in tables:
+            codes, counts = tables["assets"]
+            pairs, place = np.unique(codes & _PAIR_MASK, return_inverse=True)
+            if len(pairs) > MAX_ASSET_PAIRS:
+                keep = _most_popular(pairs, np.bincount(place, counts, len(pairs)).astype(np.float64))
+                held = np.isin(place, keep)
+                tables["assets"] = codes[held], counts[held]
+        return Delta.merged([Delta(self.examples, names, tables)])
 
     def as_document(self) -> dict[str, Any]:
         """Return the delta as plain data: maps, lists, integers, strings and bytes.
@@ -303,6 +338,44 @@ def _values(column: Any) -> Ints:
     if kind not in ("<u1", "<u2", "<u4", "<i8") or type(blob) is not bytes:
         raise ValueError(f"expected a type of integers and bytes, got {kind!r:.20} and {type(blob).__name__}")
     return np.frombuffer(blob, kind).astype(np.int64)
+
+
+def _left_out(deltas: Sequence[Delta]) -> dict[str, set[str]]:
+    """Return the names for which there is no room in one delta, by kind: the rarest, of equals the later."""
+    found: dict[str, set[str]] = {kind: set() for kind in NAMED}
+    for kind, table, most in (("label", "popularity", MAX_LABELS), ("type", "types", MAX_EVENT_TYPES)):
+        names = dict.fromkeys(name for group in _grouped(deltas) for name in group[0].names[kind])
+        if len(names) <= most:
+            continue
+        totals = dict.fromkeys(names, 0)
+        for delta in deltas:
+            if table not in delta.tables:
+                continue
+            codes, counts = delta.tables[table]
+            positions = _positions(table, codes)[TABLES[table].index(kind)]
+            for position, count in enumerate(np.bincount(positions, counts).tolist()):
+                if count:
+                    totals[delta.names[kind][position]] += int(count)
+        ranked = sorted(totals, key=lambda name: -totals[name])
+        found[kind] = set(ranked[most:])
+    return found
+
+
+def _held(table: str, codes: Ints, places: Mapping[str, Ints]) -> NDArray[np.bool_]:
+    """Tell which codes have a place for all their names."""
+    held = np.ones(len(codes), np.bool_)
+    for axis, positions in zip(TABLES[table], _positions(table, codes), strict=True):
+        if axis in places:
+            held &= places[axis][positions] >= 0
+    return held
+
+
+def _most_popular(pairs: Ints, weights: NDArray[np.float64]) -> Ints:
+    """Return where the `KEPT_ASSETS` heaviest pairs of each label stand, in order."""
+    labels = pairs & LABEL_MASK
+    order = np.lexsort((np.arange(len(pairs)), -weights, labels))
+    begins = np.searchsorted(labels[order], labels[order])
+    return np.sort(order[np.arange(len(order)) - begins < KEPT_ASSETS])
 
 
 def _grouped(deltas: Sequence[Delta]) -> list[list[Delta]]:
@@ -448,6 +521,8 @@ class Statistics:
     ----------
     examples
         How many examples were counted, here and elsewhere.
+    moved
+        How many examples were counted or taken away.
     changes
         How often counts have changed: equal numbers mean equal counts.
     labels_dropped
@@ -468,6 +543,7 @@ class Statistics:
         self._names = _Names()
         self._pending: list[Delta] = []
         self.examples = 0
+        self.moved = 0
         self.changes = 0
         self.labels_dropped = 0
         self.popularity = Fading(LABEL_PERIODS)
@@ -605,10 +681,7 @@ class Statistics:
         }
         tables = {}
         for table, (codes, counts) in delta.tables.items():
-            known = np.ones(len(codes), np.bool_)
-            for axis, positions in zip(TABLES[table], _positions(table, codes), strict=True):
-                if axis in places:
-                    known &= places[axis][positions] >= 0
+            known = _held(table, codes, places)
             tables[table] = (_recoded(table, codes[known], places), sign * counts[known])
         self._apply(sign * delta.examples, tables)
         if sign < 0:
@@ -627,13 +700,14 @@ class Statistics:
 
     def _apply(self, examples: int, tables: Mapping[str, tuple[Ints, Ints]]) -> None:
         self.examples += examples
+        self.moved += abs(examples)
         self.changes += 1
         for table, (codes, counts) in tables.items():
             positions = _positions(table, codes)
             if table == "popularity":
                 self.popularity.add(positions[0], positions[1], counts)
             elif table == "assets":
-                self._add_assets(positions[0], codes & ((1 << (_BITS["asset"] + _BITS["label"])) - 1), counts)
+                self._add_assets(positions[0], codes & _PAIR_MASK, counts)
             else:
                 array = getattr(self, table)
                 np.add.at(array, tuple(positions), counts.astype(array.dtype))
@@ -690,11 +764,7 @@ class Statistics:
     def _drop_assets(self) -> None:
         """Let every label keep its most popular assets."""
         pairs = np.fromiter(self.asset_rows, np.int64, len(self.asset_rows))
-        labels = pairs & LABEL_MASK
-        order = np.lexsort((np.arange(len(pairs)), -self.assets.weights(len(pairs), 4.0), labels))
-        begins = np.searchsorted(labels[order], labels[order])
-        keep = np.sort(order[np.arange(len(order)) - begins < KEPT_ASSETS])
-        self._keep_assets(pairs, keep)
+        self._keep_assets(pairs, _most_popular(pairs, self.assets.weights(len(pairs), 4.0)))
 
     def _keep_assets(self, pairs: Ints, keep: Ints) -> None:
         self.assets.keep(keep)

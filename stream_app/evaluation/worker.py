@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stream_app.core.event import Event, Record
 from stream_app.core.examples import examples_of, histories_before
 from stream_app.core.fold import Fold
-from stream_app.core.model import History, NextCategoryModel
+from stream_app.core.model import Delta, History, NextCategoryModel
 from stream_app.core.segment_set import SegmentSet
 from stream_app.core.step import Applied, fold_slice
 
@@ -41,6 +41,8 @@ class MemoryWorker:
 
     Attributes
     ----------
+    delta
+        What the last slice has added to the counts, which a checkpoint would write down.
     model_s, fold_s
         Seconds of processor time, which other programs do not disturb, spent in the model (with making
         histories for it) and in the fold.
@@ -48,6 +50,7 @@ class MemoryWorker:
 
     def __init__(self, weights: Weights, seed: int = 0) -> None:
         self.model = NextCategoryModel(half_life_ms=weights.default_half_life_ms, seed=seed)
+        self.delta = Delta()
         self.model_s = 0.0
         self.fold_s = 0.0
         self._weights = weights
@@ -83,7 +86,7 @@ class MemoryWorker:
         folded = time.process_time()
         examples = examples_of(result.applied, self._weights)
         observed = self.model.observe(histories, examples)
-        self.model.take_delta()  # what a checkpoint would write down
+        self.delta = self.model.take_delta()
         self.fold_s += folded - between
         self.model_s += time.process_time() - folded + between - begin
         return result.applied, observed
