@@ -19,7 +19,7 @@
 --   9 profiles       10 member keys  11 member changes  12 scores  13 outbox entries    counts
 --   then per profile: user_id, blob, expiry (Unix ms, '' for none), due ('' for "as it is", '-' for none, else Unix ms)
 --   then per member change: index of its key, user_id, exits_at ('-' to remove)
---   then per score: user_id, blob ('-' to forget it), scored at (Unix ms), expiry (Unix ms, '' for none)
+--   then per score: user_id, blob ('-' to forget it), scored at (Unix ms), expiry (Unix ms, '' for none, '=' as it is)
 --   then the outbox entries
 --
 -- Checks, in this order: wm gone, older than mine or being rebuilt -> {'LOST'}; another's -> {'FENCED', owner, epoch};
@@ -82,6 +82,8 @@ if ARGV[4] == 'commit' then
     else
       if expiry == '' then
         redis.call('SET', next_key, blob)
+      elseif expiry == '=' then
+        redis.call('SET', next_key, blob, 'KEEPTTL')
       else
         redis.call('SET', next_key, blob, 'PXAT', expiry)
       end

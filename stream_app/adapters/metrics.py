@@ -32,6 +32,13 @@ class Metrics:
             ["status", "cause"],
             registry=self.registry,
         )
+        self.discoveries = Counter(
+            "stream_app_discoveries",
+            "Discovery segments, by outcome: entered; converted, who engaged what was recommended; left, who "
+            "did not. converted / (converted + left) is what the segment is worth.",
+            ["segment", "outcome"],
+            registry=self.registry,
+        )
         self.holds = Counter(
             "stream_app_holds",
             "Times a partition dropped its work and claimed anew, by failure. Rising: Redis or Kafka is ill; "

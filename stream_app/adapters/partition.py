@@ -27,6 +27,7 @@ from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.profile_store import Before, Claim, Commit, Identity, ProfileStore
 from stream_app.adapters.publisher import Publisher
 from stream_app.adapters.transport import Log, Slice
+from stream_app.core.decay import NEVER_MS
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold
 from stream_app.core.profile import Profile
@@ -132,6 +133,7 @@ class _Owned:
     next_due_ms: int | None
     old: Mapping[str, SegmentSet]
     outbox_is_empty: bool = True
+    scores_are_gone: bool = False
     rewound_s: float = 0.0
 
 
@@ -409,7 +411,10 @@ class PartitionTask:
                 await self._fire_all(owned)
                 idle = False
             self._report_processed(owned)
-            if self._shell.learner is not None and await self._keep_scores(owned, self._shell.learner):
+            if self._shell.learner is None:
+                if await self._forget_scores(owned):
+                    idle = False
+            elif await self._keep_scores(owned, self._shell.learner):
                 idle = False
             if self._requests:
                 await self._answer(owned, self._requests.popleft())
@@ -530,6 +535,16 @@ class PartitionTask:
             transitions += learner.discover(profile, scored, at_ms)
         return scores, transitions
 
+    async def _forget_scores(self, owned: _Owned) -> bool:
+        """Without a model, delete what it had said of users while it was on; tell if there was any."""
+        if owned.scores_are_gone:
+            return False
+        users = await self._shell.store.scored_before(self.partition, NEVER_MS, USERS_PER_STEP)
+        if users:
+            await self._commit(owned, Commit(scores=dict.fromkeys(users)), [])
+        owned.scores_are_gone = not users
+        return bool(users)
+
     async def _keep_scores(self, owned: _Owned, learner: Learner) -> bool:
         """Write down what was learned, score those again who have not acted for long; tell if any."""
         busy = False
@@ -548,6 +563,7 @@ class PartitionTask:
         half_ms = learner.max_age_ms // 2
         at_ms = stream_time_ms
         if shell.clock == "wall" and not self._queue:
+            # Read before the log is asked: what is appended later carries a later Kafka timestamp.
             at_ms = max(at_ms, shell.now_ms())
         users = await shell.store.scored_before(self.partition, at_ms - half_ms, shell.rescored_per_s)
         if users and at_ms > stream_time_ms:
@@ -561,20 +577,26 @@ class PartitionTask:
         profiles, before = await shell.store.load(self.partition, users)
         scores: dict[str, bytes | None] = {}
         known: list[Profile] = []
+        expired: dict[str, list[Transition]] = {}
+        due_until_ms = at_ms if at_ms == stream_time_ms else at_ms - GRACE_MS
         for user_id in users:
             profile = profiles.get(user_id)
             if profile is None or (at_ms > profile.forget_ms and not profile.memberships):
                 scores[user_id] = None
             elif profile.definitions == shell.fold.segments.fingerprint:
-                known.append(profile)
+                # What is due happens first, as far as the timer would let it.
+                due_ms = profile.next_exit_ms
+                if due_ms is not None and due_ms <= due_until_ms:
+                    expired[user_id] = shell.fold.expire(profile, due_until_ms)
+                    due_ms = profile.next_exit_ms
+                if due_ms is None or due_ms > at_ms:
+                    known.append(profile)
         transitions: list[Transition] = []
         changed: dict[str, Profile] = {}
         for profile, scored in zip(known, learner.score(known, at_ms), strict=True):
             scores[profile.user_id] = pack_scores(scored)
-            due = profile.next_exit_ms
-            if due is not None and due <= at_ms:
-                continue  # the timer has its turn first
             found = learner.discover(profile, scored, at_ms)
+            found = expired.get(profile.user_id, []) + found
             if found or profile.memberships != before[profile.user_id].exits_at_ms:
                 changed[profile.user_id] = profile
                 transitions += found
@@ -599,6 +621,11 @@ class PartitionTask:
     def _count(self, transitions: Iterable[Transition]) -> None:
         for transition in transitions:
             self._shell.metrics.transitions.labels(transition.status, transition.cause).inc()
+            if transition.segment_type == "discovery":
+                outcome: str = transition.status
+                if outcome == "exited":
+                    outcome = "converted" if transition.converted else "left"
+                self._shell.metrics.discoveries.labels(transition.segment_id, outcome).inc()
 
     def _check_timestamps(self, part: Slice) -> None:
         """Refuse producers' times under the wall clock unless trusted, whatever the topic says of itself."""

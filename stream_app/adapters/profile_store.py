@@ -389,7 +389,8 @@ class ProfileStore:
         n_changes = len(changes) // 3
         for user, scores in commit.scores.items():
             script_keys.append(names.next(user))
-            expires_at_ms = commit.expires_at_ms.get(user, "")
+            # Without a profile beside them they live as long as they did.
+            expires_at_ms = commit.expires_at_ms.get(user, "") if user in commit.profiles else "="
             changes += [user, "-" if scores is None else scores, commit.scored_ms, expires_at_ms]
         head: list[bytes | str | int] = [
             self.owner,
@@ -517,7 +518,12 @@ def script_text(name: str) -> str:
 
 
 def _foreign(key: str, name: str, stored: str, mine: str) -> StartRefused:
-    if name == "weights":
+    if name == "clock":
+        action = (
+            f"Set worker.clock to {stored!r} (STREAM_APP__WORKER__CLOCK={stored}), as the stored state was "
+            "folded, or run `stream-app rebuild` to fold the log again by the other clock."
+        )
+    elif name == "weights":
         action = (
             "Half-lives, action weights and floor are part of the stored sums: restore the old [weights], or "
             "run `stream-app rebuild` to fold the log again under the new ones."

@@ -385,8 +385,14 @@ def _summarise(board: Board, outcome: Outcome) -> None:
     )
     click.echo(f"{board.transitions:,} transitions published and seen:\n")
     print_table(COLUMNS, board.rows())
+    if ended := board.discoveries.total():
+        converted = board.discoveries["converted"]
+        click.echo(
+            f"\n{ended:,} memberships of discovery segments have ended, {converted:,} of them converted: the "
+            f"shopper did it ({converted / ended:.1%})."
+        )
     if board.accuracy:
-        click.echo(f"\nmodel, {accuracy_text(board.accuracy)}")
+        click.echo(f"model, {accuracy_text(board.accuracy)}")
 
 
 async def _keep(overrides: Mapping[str, str], worker: _Worker) -> None:

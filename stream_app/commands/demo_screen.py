@@ -60,6 +60,7 @@ class Board:
     folded: int = 0
     stream_time_ms: int | None = None
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    discoveries: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
     last: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN_TRANSITIONS))
     transitions: int = 0
@@ -81,6 +82,8 @@ class Board:
             f"{segment_id} ({cause}, weight {transition['weight']:.2f}{until.replace('T', ' ')}"
             f"{_expectation(transition)})"
         )
+        if transition.get("converted") is not None:
+            self.discoveries["converted" if transition["converted"] else "left"] += 1
         self.last.append(line)
         alike = sum(n for (_, *kind), n in self.counts.items() if kind == [status, cause])
         if alike <= SHOWN_OF_A_KIND:

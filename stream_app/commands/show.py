@@ -22,9 +22,10 @@ from stream_app.commands.options import (
     printable,
     read_settings,
 )
+from stream_app.errors import ModelStateError
 
 if TYPE_CHECKING:
-    from stream_app.lookup import UserView
+    from stream_app.lookup import Meta, UserView
     from stream_app.settings import Settings
 
 MOST_SHOWN = 20
@@ -66,14 +67,19 @@ def show(user: str, as_json: bool, config: Path | None, segments: Path | None) -
 
     settings = read_settings(config, segments)
     with Lookup(settings.redis.url) as lookup:
-        view = lookup.user(user)
+        view, meta = lookup.user(user), lookup.meta()
     if view is None:
         if as_json:
             print_json({"user_id": user, "known": False})
         else:
             click.echo("No history of this user: never seen, or faded away.")
         return 1
-    why = asyncio.run(_why(settings, view)) if view.scores and settings.model.enabled else _Why()
+    why = _Why()
+    if view.scores and settings.model.enabled:
+        try:
+            why = asyncio.run(_why(settings, view, meta))
+        except ModelStateError as exc:
+            click.echo(f"Why is not known: {exc}", err=True)
     if as_json:
         print_json(_document(view, why))
     else:
@@ -81,17 +87,14 @@ def show(user: str, as_json: bool, config: Path | None, segments: Path | None) -
     return 0
 
 
-async def _why(settings: Settings, view: UserView) -> _Why:
+async def _why(settings: Settings, view: UserView, meta: Meta) -> _Why:
     """Ask the model, as it was last written down, why it recommends what it does."""
     from stream_app.adapters.learning import read_model
     from stream_app.adapters.profile_store import connect
     from stream_app.core.model import History
-    from stream_app.lookup import AsyncLookup
 
     client = connect(settings.redis.url)
     try:
-        async with AsyncLookup(settings.redis.url) as lookup:
-            meta = await lookup.meta()
         model = await read_model(client, meta.weights, meta.partitions)
     finally:
         await client.aclose()

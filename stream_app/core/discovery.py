@@ -33,7 +33,7 @@ __all__ = [
     "leave_undefined",
 ]
 
-EXIT_SHARE = 0.75
+EXIT_SHARE = 0.5
 """Part of `min_weight` below which a member leaves if no `exit_weight` is given: scores are never still."""
 
 
@@ -86,7 +86,7 @@ def exit_weight_of(segment: Segment) -> float:
     Examples
     --------
     >>> exit_weight_of(Segment("swim-next", type="discovery", labels=("swimwear",), min_weight=0.2))
-    0.15000000000000002
+    0.1
     """
     return EXIT_SHARE * segment.min_weight if segment.exit_weight is None else segment.exit_weight
 

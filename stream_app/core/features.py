@@ -230,6 +230,10 @@ class Matrices:
         share = _shares(statistics.popularity.totals(size))
         self.after_last = np.log(self._ratios(statistics.last, share))
         self.after_latest = self._ratios(statistics.latest, share)
+        # The baseline: what came after the last label, popularity where that says nothing.
+        last = statistics.last[:size, :size]
+        follows = last / np.maximum(1, last.sum(axis=1, dtype=np.int64, keepdims=True))
+        self._follows: Floats = np.vstack([follows + 1e-6 * share, share]).astype(kind)
         before = statistics.before[:size, :size]
         self.leads_to = self._ratios(before, _shares(before.sum(axis=0)))
         scale = 1.0 / np.sqrt(statistics.first_times[:size] + ALIKE_PSEUDO_COUNTS)
@@ -247,6 +251,10 @@ class Matrices:
         """Bytes of the arrays."""
         arrays = (self.after_last, self.after_latest, self.leads_to, self.alike, self.hours)
         return sum(array.nbytes for array in arrays)
+
+    def markov(self, rows: Rows) -> Floats:
+        """Return the share of each label among what came after the last label of each row."""
+        return self._follows[rows.latest[:, 0]]
 
     def _ratios(self, counts: NDArray[np.int32], share: NDArray[np.float64]) -> Floats:
         """Return P(l | k) / P(l), drawn to 1 by pseudo-counts, for pairs (k, l)."""

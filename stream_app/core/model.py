@@ -216,8 +216,9 @@ class NextCategoryModel:
         rows = batch.rows.first_labels(size)
         features = matrices.features(self.statistics, rows)
         inputs = affinity_inputs(rows)
+        markov = matrices.markov(rows)
         judged = self._learn(
-            "next", matrices.names, features, inputs, (batch.came_rows[seen], batch.came[seen]), None
+            "next", matrices.names, features, inputs, (batch.came_rows[seen], batch.came[seen]), None, markov
         )
         observed.next_rank[where] = judged.ranks
         observed.next_top[where] = judged.top
@@ -237,6 +238,7 @@ class NextCategoryModel:
             inputs[chosen],
             (number[batch.came_rows[wanted]], batch.came[wanted]),
             (number[rows.rows[engaged]], rows.labels[engaged]),
+            markov[chosen],
         )
         observed.discovery_rank[where[chosen]] = judged.ranks
         observed.discovery_top[where[chosen]] = judged.top
@@ -250,6 +252,7 @@ class NextCategoryModel:
         inputs: Floats,
         came: tuple[Ints, Ints],
         engaged: tuple[Ints, Ints] | None,
+        markov: Floats,
     ) -> Judged:
         """Score the rows of one task, judge the scores, and only then let head and calibration learn.
 
@@ -261,11 +264,12 @@ class NextCategoryModel:
             Pairs of row and label.
         engaged
             Pairs that are no candidates; `None` for none.
+        markov
+            Scores of the baseline of that name.
         """
         head, calibration = self.heads[task], self.calibrations[task]
         logits = head.logits(features, inputs)
         popularity, _, first_times = features.of_labels
-        markov = features.of_pairs[:, features.pair_names.index(ft.AFTER_LAST)] + popularity
         if engaged is None:
             popularity_ranks = _ranks_of_all(popularity, came, len(logits))
         else:

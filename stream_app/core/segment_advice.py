@@ -63,8 +63,8 @@ def advice(segments: Sequence[Segment], weights: Weights) -> list[Advice]:
     --------
     >>> for hint in advice([Segment("swim", labels=("swimwear",), min_weight=1)], Weights()):
     ...     print(hint)  # doctest: +NORMALIZE_WHITESPACE
-    segment 'swim', min_weight: one event of the heaviest type counts 1 and is below 1 within 10 ms, so it
-    never enters; with min_weight = 0.933 it enters, for 3.0 days
+    segment 'swim', min_weight: one event of the heaviest type counts 1 and is below 1 within 10 ms, so one
+    alone never enters; with min_weight = 0.933 it enters, for 3.0 days
     """
     found: list[Advice] = []
     base = {segment.id: segment for segment in segments if segment.type == "base"}
@@ -128,7 +128,7 @@ def _threshold_advice(segment: Segment, weights: Weights) -> list[Advice]:
     key = "min_weight" if segment.exit_weight is None else "exit_weight"
     text = (
         f"one event of the heaviest type counts {amount:g} and is below {exit_weight:g} within {HOLD_MS} ms, "
-        f"so it never enters; with {key} = {proposed:g} it enters, for {duration}"
+        f"so one alone never enters; with {key} = {proposed:g} it enters, for {duration}"
     )
     return [Advice(segment.id, key, text)]
 

@@ -371,11 +371,16 @@ def _held(table: str, codes: Ints, places: Mapping[str, Ints]) -> NDArray[np.boo
 
 
 def _most_popular(pairs: Ints, weights: NDArray[np.float64]) -> Ints:
-    """Return where the `KEPT_ASSETS` heaviest pairs of each label stand, in order."""
+    """Return where the `KEPT_ASSETS` heaviest pairs of each label stand, in order, 7/8 of the bound at most."""
     labels = pairs & LABEL_MASK
     order = np.lexsort((np.arange(len(pairs)), -weights, labels))
     begins = np.searchsorted(labels[order], labels[order])
-    return np.sort(order[np.arange(len(order)) - begins < KEPT_ASSETS])
+    kept = order[np.arange(len(order)) - begins < KEPT_ASSETS]
+    # Below the bound, so that it is not reached again at once.
+    most = MAX_ASSET_PAIRS * 7 // 8
+    if len(kept) > most:
+        kept = kept[np.lexsort((kept, -weights[kept]))[:most]]
+    return np.sort(kept)
 
 
 def _grouped(deltas: Sequence[Delta]) -> list[list[Delta]]:

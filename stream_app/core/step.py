@@ -131,13 +131,16 @@ def fold_slice(
             transitions += fold.redefine(profile, before_ms, old[profile.definitions])
             changed[event.user_id] = profile
         applied_before = None if profile is None else profile.applied
-        engaged = 0 if profile is None else len(profile.seen_ms.keys() | event.labels)
+        engaged = 0
+        if profile is not None and fold.keeps_seen:
+            seen_ms = profile.seen_ms
+            engaged = len(seen_ms) + sum([label not in seen_ms for label in event.labels])
         after, caused = fold.apply(profile, event, stream_time_ms, record.offset)
         fresh = after is not profile
         if fresh or after.applied != applied_before:
             at_ms = max(stream_time_ms, after.last_transition_ms or stream_time_ms)
             left = None
-            if fold.keeps_seen and not fresh and len(after.seen_ms) < engaged:
+            if not fresh and len(after.seen_ms) < engaged:
                 left = _labels_of(after)
             applied.append(Applied(record, at_ms, fresh, left))
         elif not caused:

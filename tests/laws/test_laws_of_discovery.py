@@ -456,7 +456,7 @@ class Judge:
             if stay is not None:
                 exit_weight = segment.exit_weight
                 if exit_weight is None:
-                    exit_weight = 0.75 * segment.min_weight
+                    exit_weight = 0.5 * segment.min_weight
                 if best is None or best.growth_weight < exit_weight or shut_out:
                     weight = 0.0 if best is None else best.growth_weight
                     exits.append(self.leave(segment_id, at_ms, "model", weight))

@@ -26,6 +26,9 @@ class FailingStore:
         self.asked = asyncio.Event()
         self.answer = asyncio.Event()
 
+    async def scored_before(self, partition: int, until_ms: int, limit: int) -> list[str]:
+        return []
+
     async def load(self, partition: int, users: object) -> object:
         self.asked.set()
         await self.answer.wait()

@@ -223,12 +223,12 @@ def test_with_an_exit_weight_of_zero_a_member_stays_while_recommended_at_all() -
     assert short(user.scored(2, tip("b"))) == [("next", "exited", 2, "model")]
 
 
-def test_without_an_exit_weight_it_is_three_quarters_of_the_minimum() -> None:
-    assert EXIT_SHARE == 0.75
+def test_without_an_exit_weight_it_is_half_of_the_minimum() -> None:
+    assert EXIT_SHARE == 0.5
     user = User(discovery(labels=("a",), min_weight=0.5))
     user.scored(0, tip("a", weight=0.5))
-    assert user.scored(1, tip("a", weight=0.375)) == []
-    assert len(user.scored(2, tip("a", weight=0.3749))) == 1
+    assert user.scored(1, tip("a", weight=0.25)) == []
+    assert len(user.scored(2, tip("a", weight=0.2499))) == 1
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
@@ -693,7 +693,7 @@ def test_leases_that_are_over_under_the_old_definitions_end_first() -> None:
 def test_a_changed_definition_has_its_say_at_the_next_scoring() -> None:
     user = User(SWIM)
     user.scored(0, tip("swimwear"))
-    stricter = discovery("swim-next", labels=("swimwear",), min_weight=0.9)
+    stricter = discovery("swim-next", labels=("swimwear",), min_weight=0.9, exit_weight=0.8)
     assert user.redefined(50, stricter) == []
     assert user.is_in("swim-next")
     (exited,) = user.scored(60, tip("swimwear"))
