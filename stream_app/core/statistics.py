@@ -371,7 +371,7 @@ def _held(table: str, codes: Ints, places: Mapping[str, Ints]) -> NDArray[np.boo
 
 
 def _most_popular(pairs: Ints, weights: NDArray[np.float64]) -> Ints:
-    """Return where the `KEPT_ASSETS` heaviest pairs of each label stand, in order, 7/8 of the bound at most."""
+    """Return where the `KEPT_ASSETS` heaviest pairs of each label stand; 7/8 of the bound at most."""
     labels = pairs & LABEL_MASK
     order = np.lexsort((np.arange(len(pairs)), -weights, labels))
     begins = np.searchsorted(labels[order], labels[order])
