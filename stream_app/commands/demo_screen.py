@@ -60,6 +60,7 @@ class Board:
     folded: int = 0
     stream_time_ms: int | None = None
     counts: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    kinds: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     discoveries: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
     last: deque[str] = field(default_factory=lambda: deque(maxlen=SHOWN_TRANSITIONS))
@@ -85,8 +86,9 @@ class Board:
         if transition.get("converted") is not None:
             self.discoveries["converted" if transition["converted"] else "left"] += 1
         self.last.append(line)
-        alike = sum(n for (_, *kind), n in self.counts.items() if kind == [status, cause])
-        if alike <= SHOWN_OF_A_KIND:
+        kind = (status, cause, transition["segment_type"])
+        self.kinds[kind] += 1
+        if self.kinds[kind] <= SHOWN_OF_A_KIND:
             self.first.append(line)
 
     def progress(self, *, joined: bool, folded: int, stream_time_ms: int | None, unfinished: int) -> None:

@@ -20,8 +20,8 @@ def hints(*segments: Segment, weights: Weights = WEIGHTS) -> list[str]:
 def test_a_threshold_that_one_event_reaches_but_never_holds_is_pointed_out() -> None:
     # 5 · 2^-0.1 = 4.665; it holds for 86,400 s · log2(5 / 4.67) = 8,510 s.
     assert hints(base("a", min_weight=5.0)) == [
-        "segment 'a', min_weight: one event of the heaviest type counts 5 and is below 5 within 10 ms, so one "
-        "alone never enters; with min_weight = 4.67 it enters, for 2.4 hours"
+        "segment 'a', min_weight: one event of the heaviest type counts 5 and is below 5 within 10 ms, so "
+        "one alone never enters; with min_weight = 4.67 it enters, for 2.4 hours"
     ]
     assert hints(base("a", min_weight=4.67)) == []
     assert hints(base("a", min_weight=5.1)) == []
