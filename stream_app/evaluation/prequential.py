@@ -169,7 +169,7 @@ def evaluate_stream(
             users = meter.active(now_ms)
             users = users[:: 1 + len(users) * len(baselines.labels) // MAX_LIFT_PAIRS]
             meter.score(now_ms, users, worker.growth_weights(users, now_ms, baselines.labels))
-        applied, observed = worker.take(part)
+        applied, observed = worker.go_through(part)
         seen: list[tuple[int, Judged]] = []
         for number, one in enumerate(applied, events):
             event = one.record.event

@@ -59,7 +59,7 @@ class MemoryWorker:
         self._stream_time_ms: int | None = None
         self._offset = 0
 
-    def take(self, events: Sequence[Event]) -> tuple[list[Applied], Observed]:
+    def go_through(self, events: Sequence[Event]) -> tuple[list[Applied], Observed]:
         """Fold a slice, then score and learn from what was applied.
 
         Parameters

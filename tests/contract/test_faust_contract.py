@@ -104,6 +104,8 @@ def test_nobody_takes_acknowledges_automatically_or_enters_an_event() -> None:
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "np":
+                continue  # numpy's, of arrays
             if isinstance(node, ast.Attribute) and node.attr in ("take", "noack_take", "take_events"):
                 offences.append(f"{path.name}:{node.lineno} {node.attr}")
             if isinstance(node, ast.AsyncWith) and any(

@@ -142,7 +142,7 @@ def test_the_model_is_judged_by_what_it_observed_in_the_workers_slices(
     worker = MemoryWorker(WEIGHTS)
     ranks, top, hit = [], [], []
     for first in range(0, len(events), SLICE_RECORDS):
-        _, observed = worker.take(events[first : first + SLICE_RECORDS])
+        _, observed = worker.go_through(events[first : first + SLICE_RECORDS])
         ranks += np.nan_to_num(observed.next_rank, nan=np.inf).tolist()
         top += observed.next_top.tolist()
         hit += [right == 1 for right in observed.next_top_hit]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,13 +151,16 @@ def profiles(url: str) -> dict[bytes, bytes]:
         return {
             key: binary.get(key)
             for key in binary.scan_iter(match="sa:{*}:profile:*", count=1000)
-            if binary.type(key) == b"string"
+            if re.match(rb"sa:\{\d+\}:profile:", key) and binary.type(key) == b"string"
         }
 
 
 def content(raw: Any) -> dict[str, object]:
-    """Which keys there are, and the hashes among them."""
-    return {key: raw.hgetall(key) if raw.type(key) == "hash" else None for key in raw.scan_iter(count=1000)}
+    """Which keys there are, and the hashes of text among them."""
+    return {
+        key: raw.hgetall(key) if raw.type(key) == "hash" and not key.endswith(":model") else None
+        for key in raw.scan_iter(count=1000)
+    }
 
 
 def in_order(messages: Sequence[Mapping[str, Any]], *, last: bool = False) -> dict[str, list[str]]:

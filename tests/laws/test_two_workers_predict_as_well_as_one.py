@@ -58,7 +58,7 @@ def test_two_workers_on_four_partitions_keep_95_percent_of_the_discovery_mrr_of_
 ) -> None:
     path = shared_data / "ciao.jsonl.gz"
     one = MemoryWorker(Weights())
-    alone = np.concatenate([one.take(part)[1].discovery_rank for part in slices(path)])
+    alone = np.concatenate([one.go_through(part)[1].discovery_rank for part in slices(path)])
 
     # A partition a memory worker, since profiles belong to partitions; two of them share a model.
     workers = [MemoryWorker(Weights()) for _ in range(PARTITIONS)]
@@ -73,7 +73,7 @@ def test_two_workers_on_four_partitions_keep_95_percent_of_the_discovery_mrr_of_
         for event in part:
             by_partition.setdefault(partition_of(event.user_id.encode(), PARTITIONS), []).append(event)
         for partition, events in sorted(by_partition.items()):
-            _, observed = workers[partition].take(events)
+            _, observed = workers[partition].go_through(events)
             found.append(observed.discovery_rank)
             pending[partition % 2].append(workers[partition].delta)
         seen += len(part)
