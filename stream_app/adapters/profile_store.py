@@ -1,8 +1,8 @@
 """Keep profiles, indexes, outbox and watermark of each partition in Redis.
 
-Decides how a partition's state is laid out under the hash tag ``{p}`` and that it changes only through two
-Lua scripts: `claim.lua` takes a partition over, `commit.lua` makes one step durable, all or nothing. Must not
-know Kafka, the fold's rules or the clock.
+Decides how a partition's state is laid out under the hash tag ``{p}`` and that it changes only through Lua
+scripts: `claim.lua` takes a partition over, `commit.lua` makes one step durable, all or nothing (and
+`checkpoint.lua` what was learned: see `model_store`). Must not know Kafka, the fold's rules or the clock.
 
 Redis is a view of the log: whoever loses it folds the log again. What must never happen is that two writers
 mix, or that a step is half written; that is what owner, epoch and commit number are for (see `commit.lua`).

@@ -111,7 +111,7 @@ class NextCategoryModel:
     half_life_ms
         Of the weights in profiles.
     seed
-        Part of the state's identity only: nothing here is drawn at random, so equal input gives equal bits.
+        For callers that seed everything. Nothing here is drawn at random: equal input gives equal bits.
 
     Examples
     --------
