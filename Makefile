@@ -10,7 +10,9 @@ LOCK := config/requirements.lock
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-kafka check format lock clean
+SEED ?= 20261122
+SEEDS ?= 2000
+.PHONY: help venv demo test test-kafka test-faults check format lock clean
 
 help: ## say what there is (this text)
 	@echo "Start here:"
@@ -40,6 +42,15 @@ test: $(STAMP) ## run all tests; broker and store: named by the environment, els
 
 test-kafka: $(STAMP) ## run what touches servers on Apache Kafka (needs Java 17 and Maven) and redis-server
 	TEST_BACKEND=apache $(BIN)/python -m pytest tests/contract tests/integration tests/e2e
+
+test-faults: $(STAMP) ## try every fault, embedded and on Apache Kafka; SEED=n; writes tests/faults/README.md
+	rm -rf .cache/faults
+	failed=0; \
+	for servers in embedded apache; do \
+		TEST_BACKEND=$$servers FAULT_ROWS=.cache/faults/$$servers.json FAULT_SEED=$(SEED) FAULT_SEEDS=$(SEEDS) \
+			$(BIN)/python -m pytest -v -m faults tests || failed=1; \
+	done; \
+	$(BIN)/python -m tests.faults.table .cache/faults/embedded.json .cache/faults/apache.json && exit $$failed
 
 check: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -119,9 +119,14 @@ def open_redis(kind: Kind, named: str | None) -> Iterator[str]:
             yield redis_url_of(server)
 
 
-def local_kafka(kind: Kind, port: int = 0) -> AbstractContextManager[Server]:
-    """Run a broker as a process of this machine, the nearest there is to `kind`."""
-    return run_server(apache_kafka(), port) if kind == "apache" else embedded_kafka(port)
+def local_kafka(kind: Kind, port: int = 0, advertised_port: int = 0) -> AbstractContextManager[Server]:
+    """Run a broker as a process of this machine, the nearest there is to `kind`.
+
+    With `advertised_port` it tells its clients to come there: where a proxy listens.
+    """
+    if kind == "apache":
+        return run_server(apache_kafka(advertised_port=advertised_port), port)
+    return embedded_kafka(port, advertised_port)
 
 
 def local_redis(kind: Kind, port: int = 0, arguments: Sequence[str] = ()) -> AbstractContextManager[Server]:
@@ -139,10 +144,21 @@ def redis_url_of(server: Server, database: int = 0) -> str:
     return f"redis://{server.address}/{database}"
 
 
-def apache_kafka() -> ServerProgram:
+def apache_kafka(
+    settings: Mapping[str, str] | None = None, *, data: Path | None = None, advertised_port: int = 0
+) -> ServerProgram:
     """How to start Apache Kafka in KRaft mode, one node, on this machine's Java.
 
     Two JVMs, one after the other: one formats the storage, one serves. Takes 3 to 4 seconds.
+
+    Parameters
+    ----------
+    settings
+        More of `server.properties`; wins over `broker_settings`.
+    data
+        Where the log is kept, to be found again by the same program's next start; default: nowhere.
+    advertised_port
+        Where clients are told to come, if not to the port itself.
     """
     java = shutil.which("java")
     if java is None:
@@ -151,21 +167,20 @@ def apache_kafka() -> ServerProgram:
     cluster_id = _random_cluster_id()
 
     def command(port: int, directory: Path) -> Sequence[str]:
-        settings = broker_settings(
-            listen="127.0.0.1", port=port, controller_port=free_port(), data=str(directory / "data")
+        log_directory = data or directory / "data"
+        chosen = broker_settings(
+            listen="127.0.0.1", port=port, controller_port=free_port(), data=str(log_directory)
         )
+        if advertised_port:
+            chosen["advertised.listeners"] = f"PLAINTEXT://127.0.0.1:{advertised_port}"
+        chosen |= settings or {}
         properties = directory / "server.properties"
-        properties.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
-        formatting = [
-            *java_command,
-            "kafka.tools.StorageTool",
-            "format",
-            "-t",
-            cluster_id,
-            "-c",
-            str(properties),
-        ]
-        _run(formatting, timeout_s=60)
+        properties.write_text("".join(f"{key}={value}\n" for key, value in chosen.items()))
+        if not (log_directory / "meta.properties").is_file():
+            _run(
+                [*java_command, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(properties)],
+                timeout_s=60,
+            )
         return [*java_command, "kafka.Kafka", str(properties)]
 
     return ServerProgram(
@@ -186,6 +201,7 @@ def broker_settings(*, listen: str, port: int, controller_port: int, data: str) 
         "log.dirs": data,
         "auto.create.topics.enable": "false",
         "group.initial.rebalance.delay.ms": "0",
+        "group.min.session.timeout.ms": "1000",
         "message.max.bytes": str(
             16 * 1024 * 1024
         ),  # as Tansu, whose limit is higher: 10 MB records are tested

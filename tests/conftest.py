@@ -7,6 +7,7 @@ reads skips.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,16 +18,52 @@ import pytest
 from stream_app.embedded import EmbeddedServerError, Server
 from tests import backends
 from tests.backends import Kind, Names, ServiceMissing
+from tests.faults import rows
+from tests.faults.rows import Row
 from tests.processes import Programs
 
 LOG_SHOWN_CHARS = 20_000
 _programs = pytest.StashKey[Programs]()
+_row = pytest.StashKey[Row]()
+_rows = pytest.StashKey[list[Row]]()
+_began_s = pytest.StashKey[float]()
 
 
-def pytest_report_header() -> str:
+def servers() -> str:
+    """Say where the broker and the store come from."""
     kafka = backends.kind_of(backends.kafka_from_environment(os.environ), os.environ)
     store = backends.kind_of(backends.redis_from_environment(os.environ), os.environ)
-    return f"servers: Kafka {kafka}, Redis {store}"
+    return f"Kafka {kafka}, Redis {store}"
+
+
+def pytest_report_header() -> list[str]:
+    return [f"servers: {servers()}", f"seed of the faults: {rows.seed()} (FAULT_SEED)"]
+
+
+# --- the table of faults -----------------------------------------------------------------------------------
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[_rows] = []
+    session.config.stash[_began_s] = time.monotonic()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    stash = session.config.stash
+    rows.write(stash[_rows], servers(), time.monotonic() - stash[_began_s])
+
+
+@pytest.fixture
+def fault_row(request: pytest.FixtureRequest) -> Callable[[str, str], Row]:
+    """Begin the row of the fault table that this test is: see `tests.faults.rows`."""
+
+    def begin(scenario: str, guarantee: str) -> Row:
+        row = Row(scenario, guarantee, test=request.node.nodeid)
+        request.node.stash[_row] = row
+        request.config.stash[_rows].append(row)
+        return row
+
+    return begin
 
 
 def missing(reason: str) -> NoReturn:
@@ -142,6 +179,9 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    row = item.stash.get(_row, None)
+    if row is not None and (call.when == "call" or report.outcome != "passed"):
+        row.outcome = report.outcome
     if report.failed and _programs in item.stash:
         for program in item.stash[_programs].started:
             report.sections.append((f"log of {program.name}", program.log[-LOG_SHOWN_CHARS:]))

@@ -507,16 +507,18 @@ def records_by_partition(
 ) -> dict[int, list[OracleRecord]]:
     """Return the records that count, by partition and in order of offset.
 
-    Every value must be a well-formed JSON event. Only time is judged: a timestamp ahead of its record's is
-    clamped to it, and one further ahead than the skew, or before 1970, is left out (a dead letter).
+    What is left out must be a dead letter: no JSON object, a key that is not the user's, a timestamp before
+    1970 or further ahead of its record's than the skew. One less far ahead is clamped to it. Everything else
+    of an event is taken as well-formed.
     """
     partitions: dict[int, list[OracleRecord]] = {}
     for raw in raw_records:
-        if raw.value is None:
-            raise ValueError(f"{raw.topic}/{raw.partition}/{raw.offset}: expected a JSON event, got no value")
-        event = json.loads(raw.value)
-        if raw.key is None or raw.key.decode() != event["user_id"]:
-            raise ValueError(f"{raw.topic}/{raw.partition}/{raw.offset}: key {raw.key!r} is not the user_id")
+        try:
+            event = json.loads(raw.value or b"")
+        except ValueError:
+            continue
+        if not isinstance(event, dict) or raw.key is None or raw.key.decode() != event.get("user_id"):
+            continue
         event_time_ms = unix_ms(event["timestamp"])
         if event_time_ms < 0 or event_time_ms > raw.timestamp + max_future_skew_s * 1000:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,9 +85,18 @@ class Program:
         """SIGTERM, the polite end, without waiting."""
         self.process.terminate()
 
+    def pause(self) -> None:
+        """SIGSTOP: it stands still until `resume`, and does not know it."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
     def stop(self) -> None:
         """Make sure that it is gone, politely first."""
         if self.is_running:
+            self.resume()
             self.process.terminate()
             try:
                 self.process.wait(STOP_DEADLINE_S)
@@ -103,7 +113,12 @@ class Programs:
         self.started: list[Program] = []
 
     def start(
-        self, *arguments: str, environment: Mapping[str, str] | None = None, cwd: Path = ROOT, name: str = ""
+        self,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
+        name: str = "",
+        module: str = "stream_app",
     ) -> Program:
         """Start ``stream-app ARGUMENTS...``.
 
@@ -118,13 +133,15 @@ class Programs:
             Its working directory: where `config/` is looked for.
         name
             What it is called in a failure; default: the command and a number.
+        module
+            What Python runs as the command.
         """
         name = name or f"{arguments[0]}-{len(self.started) + 1}"
         path = self._directory / f"{name}.log"
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("STREAM_APP__")}
         with path.open("ab") as log:
             process = subprocess.Popen(
-                [*DYING_WITH_US, str(os.getpid()), sys.executable, "-m", "stream_app", *arguments],
+                [*DYING_WITH_US, str(os.getpid()), sys.executable, "-m", module, *arguments],
                 cwd=cwd,
                 env={
                     **inherited,

@@ -146,7 +146,7 @@ def run_server(program: ServerProgram, port: int = 0) -> Iterator[Server]:
         _stop(server)
 
 
-def embedded_kafka(port: int = 0) -> AbstractContextManager[Server]:
+def embedded_kafka(port: int = 0, advertised_port: int = 0) -> AbstractContextManager[Server]:
     """Run Tansu, a Kafka-compatible broker, in memory.
 
     Each start is a cluster of its own (a random cluster id), since nothing of an earlier one is left: a
@@ -156,6 +156,8 @@ def embedded_kafka(port: int = 0) -> AbstractContextManager[Server]:
     ----------
     port
         TCP port on 127.0.0.1; 0 means any free one.
+    advertised_port
+        Port that clients are told to come to; 0 means the same.
 
     Returns
     -------
@@ -174,13 +176,12 @@ def embedded_kafka(port: int = 0) -> AbstractContextManager[Server]:
     cluster_id = str(uuid.uuid4())
 
     def command(port: int, directory: Path) -> Sequence[str]:
-        url = f"tcp://{HOST}:{port}"
         return [
             executable,
             "broker",
             f"--cluster-id={cluster_id}",
-            f"--listener-url={url}",
-            f"--advertised-listener-url={url}",
+            f"--listener-url=tcp://{HOST}:{port}",
+            f"--advertised-listener-url=tcp://{HOST}:{advertised_port or port}",
             "--storage-engine=memory://tansu/",
         ]
 

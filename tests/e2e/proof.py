@@ -54,6 +54,7 @@ class Proof:
 
     events: int = 0
     transitions: int = 0
+    dead_letters: int = 0
     repeats: int = 0
     replayed: int = 0
     missing: list[str] = field(default_factory=list)
@@ -65,10 +66,10 @@ class Proof:
 
     def __str__(self) -> str:
         return (
-            f"events {self.events}, transitions {self.transitions} {dict(self.causes)}, missing "
-            f"{len(self.missing)}, extra {len(self.extra)}, wrong {len(self.wrong)}, out of order "
-            f"{len(self.out_of_order)}, wrong state {len(self.state)}, repeats {self.repeats}, replayed "
-            f"{self.replayed}"
+            f"events {self.events}, transitions {self.transitions} {dict(self.causes)}, dead letters "
+            f"{self.dead_letters}, missing {len(self.missing)}, extra {len(self.extra)}, wrong "
+            f"{len(self.wrong)}, out of order {len(self.out_of_order)}, wrong state {len(self.state)}, "
+            f"repeats {self.repeats}, replayed {self.replayed}"
         )
 
     def holds(self) -> None:
@@ -94,6 +95,9 @@ def prove(case: Case, until_ms: int | None = None) -> Proof:
     said = asyncio.run(read_to_end(case.kafka, names.entered, names.exited))
     partitions = records_by_partition(log)
     proof = Proof(events=len(log))
+    valid = {(p, record.offset) for p, records in partitions.items() for record in records}
+    bad = {(record.partition, record.offset) for record in log} - valid
+    _compare_dead_letters(proof, bad, asyncio.run(read_to_end(case.kafka, names.dead_letter)))
     expected: list[OracleTransition] = []
     profiles: dict[int, dict[str, OracleProfile]] = {}
     stream_times: dict[int, int] = {}
@@ -125,6 +129,19 @@ def _verdicts(
             _KNOWN[digest] = judge(records, case.segments, case.weights, case.clock, until_ms)
         verdicts[partition] = _KNOWN[digest]
     return verdicts
+
+
+def _compare_dead_letters(proof: Proof, bad: set[tuple[int, int]], said: Iterable[Any]) -> None:
+    """Every bad record must be set aside, nothing else may be; the same one again is a repeat."""
+    seen: set[tuple[int, int]] = set()
+    for letter in said:
+        headers = dict(letter.headers)
+        place = (int(headers["sa_partition"]), int(headers["sa_offset"]))
+        proof.repeats += place in seen
+        seen.add(place)
+    proof.dead_letters = len(bad)
+    proof.missing += [f"dead letter of {place}" for place in sorted(bad - seen)]
+    proof.extra += [f"dead letter of {place}" for place in sorted(seen - bad)]
 
 
 def _compare_transitions(

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import redis
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -22,6 +22,8 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from stream_app.embedded import Server
 from tests.backends import Names, kafka_from_environment, kind_of, log_ends
 from tests.e2e.proof import Case, Proof, prove
+from tests.faults import faulty
+from tests.faults.faulty import Point, Switch
 from tests.oracle import Clock
 from tests.processes import Program, Programs
 
@@ -65,7 +67,7 @@ class Stage:
         *,
         partitions: int = PARTITIONS,
         **settings: object,
-    ) -> Stage:
+    ) -> Self:
         """Write the configuration of `case` and create its topics; `settings` are ``section__key=value``."""
         types = case.weights.get("event_types", {})
         own = "".join(f"[weights.event_types.{name}]\n{_toml(fields)}" for name, fields in types.items())
@@ -98,6 +100,19 @@ class Stage:
         """Start a command."""
         environment = {**self.environment, **_variables(settings)}
         return self.programs.start(*arguments, *self.options, environment=environment)
+
+    def start_faulty(
+        self,
+        *arguments: str,
+        kill: tuple[Point, int] | None = None,
+        without: Sequence[Switch] = (),
+        **settings: object,
+    ) -> Program:
+        """Start a command that kills itself at a point, or lacks a protection: see `tests.faults.faulty`."""
+        environment = {**self.environment, **_variables(settings), **faulty.environment(kill, without)}
+        return self.programs.start(
+            *arguments, *self.options, environment=environment, module="tests.faults.faulty"
+        )
 
     def wm(self, partition: int) -> dict[str, str]:
         """What Redis holds of a partition's progress; empty if nothing, or if there is no Redis."""
