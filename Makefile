@@ -38,7 +38,7 @@ demo: $(STAMP) ## run the service on a real grocery year, broker and store inclu
 	$(BIN)/stream-app demo
 
 test: $(STAMP) ## run all tests; broker and store: named by the environment, else Docker's, else embedded
-	$(BIN)/python -m pytest stream_app tests/unit tests/laws tests/contract tests/integration tests/e2e
+	$(BIN)/python -m pytest stream_app tests/unit tests/laws tests/simulation tests/contract tests/integration tests/e2e tests/faults/test_proxy.py
 
 test-kafka: $(STAMP) ## run what touches servers on Apache Kafka (needs Java 17 and Maven) and redis-server
 	TEST_BACKEND=apache $(BIN)/python -m pytest tests/contract tests/integration tests/e2e

@@ -18,7 +18,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final
 
-import redis.asyncio as aioredis
 from aiokafka.errors import KafkaError
 from threadpoolctl import threadpool_limits
 
@@ -29,13 +28,15 @@ from stream_app.adapters.definitions import sweep_definitions
 from stream_app.adapters.functions import loader
 from stream_app.adapters.health import Health, serve_http
 from stream_app.adapters.kafka_admin import KafkaAdmin
+from stream_app.adapters.kafka_security import security_of, told
 from stream_app.adapters.learning import Learner
 from stream_app.adapters.log_ends import LogProbe
 from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.model_store import ModelStore
 from stream_app.adapters.partition import Shell
-from stream_app.adapters.profile_store import Identity, ProfileStore, connect
+from stream_app.adapters.profile_store import Identity, ProfileStore
 from stream_app.adapters.publisher import Publisher
+from stream_app.adapters.redis_client import Client, connect
 from stream_app.adapters.tasks import end_tasks
 from stream_app.adapters.transport import Log, SliceApp, build_faust_app
 from stream_app.adapters.until_end import wait_until_end
@@ -73,9 +74,7 @@ class Worker:
     shell: Shell
 
 
-def build_app(
-    settings: Settings, facts: KafkaFacts, redis_client: aioredis.Redis, *, accept_gap: bool
-) -> Worker:
+def build_app(settings: Settings, facts: KafkaFacts, redis_client: Client, *, accept_gap: bool) -> Worker:
     """Put the parts together. Connects to nothing.
 
     Parameters
@@ -83,12 +82,13 @@ def build_app(
     settings : Settings
     facts : KafkaFacts
         What was learned of the broker.
-    redis_client : redis.asyncio.Redis
-        As made by `stream_app.adapters.profile_store.connect`.
+    redis_client : redis.asyncio.Redis or Cluster
+        As made by `stream_app.adapters.redis_client.connect`.
     accept_gap : bool
         Go on where the log no longer holds what the watermark asks for.
     """
     kafka, worker = settings.kafka, settings.worker
+    security = security_of(kafka)
     wall = worker.clock == "wall"
     assignment = Assignment()
     app = build_faust_app(
@@ -97,10 +97,11 @@ def build_app(
         events_topic=kafka.events_topic,
         session_timeout_s=kafka.session_timeout_s,
         partitions=assignment,
+        security=security,
     )
     metrics = Metrics()
     log = Log(app, kafka.events_topic)
-    probe = LogProbe(kafka.bootstrap_servers, kafka.events_topic, now_ms)
+    probe = LogProbe(kafka.bootstrap_servers, kafka.events_topic, now_ms, security=security)
     owner = secrets.token_hex(OWNER_BYTES)
     store = ProfileStore(redis_client, owner)
     publisher = Publisher(
@@ -110,6 +111,7 @@ def build_app(
             "exited": kafka.exited_topic,
             "dead_letter": kafka.dead_letter_topic,
         },
+        security=security,
     )
     learner = None
     if settings.model.enabled:
@@ -225,10 +227,11 @@ async def _run(
 
             stack.push_async_callback(end)
 
-        client = connect(settings.redis.url)
+        client = connect(settings.redis.connection_url, cluster=settings.redis.cluster)
         at_the_end("Redis client", client.aclose)
         refuse(await check_redis(client, settings.redis.redacted_url), unchecked=unchecked)
-        async with KafkaAdmin(settings.kafka.bootstrap_servers) as admin:
+        security = security_of(settings.kafka)
+        async with KafkaAdmin(settings.kafka.bootstrap_servers, security=security) as admin:
             findings, facts = await check_kafka(admin, settings)
         refuse(findings, unchecked=unchecked)
 
@@ -293,7 +296,7 @@ async def _join(worker: Worker, settings: Settings) -> None:
         raise StoreUnavailable(group, f"no assignment within {deadline_s:g} s")
     exc = starting.exception()
     if exc is not None:
-        raise StoreUnavailable(group, f"{type(exc).__name__}: {exc}") from exc
+        raise told(exc, group) from exc
 
 
 def _failure(reasons: dict[str, asyncio.Task[Any]], done: set[asyncio.Task[Any]]) -> BaseException | None:
@@ -306,7 +309,7 @@ def _failure(reasons: dict[str, asyncio.Task[Any]], done: set[asyncio.Task[Any]]
         if name in ("failure", "faust"):
             found: BaseException = task.result()
             if isinstance(found, KafkaError):
-                return StoreUnavailable("Kafka, consumer group", f"{type(found).__name__}: {found}")
+                return told(found, "Kafka, consumer group")
             return found
         logger.info("stopping: %s", {"signal": "a signal came", "end": "the end of the log is reached"}[name])
     return None

@@ -7,11 +7,12 @@ Kafka, Redis or the clock: whether an address answers is the business of `doctor
 
 One rule for the environment: the key `half_life_s` of `[weights]` is `STREAM_APP__WEIGHTS__HALF_LIFE_S`,
 deeper tables go on in the same way (`STREAM_APP__WEIGHTS__EVENT_TYPES__PURCHASE__ACTION_WEIGHT`), texts are
-taken as they are, numbers and `true` or `false` as in TOML. A variable that begins with `STREAM_APP__` and
-names no key is an error, like an unknown key in a file.
+taken as they are (an empty one unsets a key that has no default), numbers and `true` or `false` as in TOML. A
+variable that begins with `STREAM_APP__` and names no key is an error, like an unknown key in a file.
 
-Secrets: `redis.url` may hold a password. It is in no message, no `repr` and no dump; what may be printed is
-`redis.redacted_url`.
+Secrets: `redis.url` may hold a password, `redis.password` and `kafka.sasl_password` are one. They are in no
+message, no `repr` and no dump; what may be printed of the address is `redis.redacted_url`. A secret may stand
+in a file that `<key>_file` names: it is read once, here, and becomes the value of `<key>`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import ssl
 import tomllib
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -58,6 +60,9 @@ DEFAULT_SEGMENTS = Path("config/segments.toml")
 ENVIRONMENT_PREFIX = "STREAM_APP__"
 
 _SHOWN_CHARACTERS = 60
+_TLS_KEYS = ("ssl_ca_file", "ssl_cert_file", "ssl_key_file")
+#: Keys whose value is a secret; each may be read from a file instead, which its `<key>_file` names.
+_SECRETS = (("kafka", "sasl_password"), ("redis", "password"))
 
 _Loc = tuple[str | int, ...]
 
@@ -131,8 +136,21 @@ def _redis_url(value: str) -> str:
     return value
 
 
+_ONE_LINE = "1 to 1000 characters in one line"
+
+
+def _secret(value: str) -> str:
+    if not 1 <= len(value) <= 1000 or any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        raise ValueError(_ONE_LINE)
+    return value
+
+
 _HalfLife = Annotated[float, _between(MIN_HALF_LIFE_S, MAX_HALF_LIFE_S, " (seconds)")]
 _Topic = Annotated[str, AfterValidator(_topic)]
+_File = Annotated[str, _text(4096)]
+_Secret = Annotated[str, AfterValidator(_secret)]
+SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 
 
 class _Model(BaseModel):
@@ -141,8 +159,19 @@ class _Model(BaseModel):
     )
 
 
+def _is_lock(key: str) -> bool:
+    return key.startswith(("security_", "sasl_", "ssl_", "password", "cluster"))
+
+
 class KafkaSettings(_Model):
-    """The broker, the group and the four topics."""
+    """The broker and how to be let in, the group and the four topics.
+
+    Examples
+    --------
+    >>> kafka = KafkaSettings(security_protocol="SASL_SSL", sasl_username="app", sasl_password="s3cret")
+    >>> kafka.uses_sasl, kafka.uses_tls, "s3cret" in repr(kafka)
+    (True, True, False)
+    """
 
     bootstrap_servers: Annotated[str, AfterValidator(_servers)] = "127.0.0.1:9092"
     group_id: Annotated[str, _text(249)] = "stream-app"
@@ -151,11 +180,36 @@ class KafkaSettings(_Model):
     exited_topic: _Topic = "segment-exited"
     dead_letter_topic: _Topic = "events-dead-letter"
     session_timeout_s: Annotated[float, _between(1.0, 1800.0, " (seconds)")] = 10.0
+    security_protocol: SecurityProtocol = "PLAINTEXT"
+    sasl_mechanism: SaslMechanism | None = None
+    sasl_username: Annotated[str, _text(255)] | None = None
+    sasl_password: Annotated[_Secret | None, Field(repr=False, exclude=True)] = None
+    sasl_password_file: _File | None = None
+    ssl_ca_file: _File | None = None
+    ssl_cert_file: _File | None = None
+    ssl_key_file: _File | None = None
+
+    @property
+    def uses_sasl(self) -> bool:
+        """Whether the broker is told a user and a password."""
+        return self.security_protocol.startswith("SASL_")
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether the connections are encrypted and the broker's certificate is checked."""
+        return self.security_protocol.endswith("SSL")
 
     @property
     def topics(self) -> tuple[str, str, str, str]:
         """The four topics in the order events, entered, exited, dead letters."""
         return self.events_topic, self.entered_topic, self.exited_topic, self.dead_letter_topic
+
+    def unlocked(self, bootstrap_servers: str) -> KafkaSettings:
+        """Return the same for a broker of our own at `bootstrap_servers`, which lets everybody in."""
+        return self.model_copy(
+            update={key: field.default for key, field in type(self).model_fields.items() if _is_lock(key)}
+            | {"bootstrap_servers": bootstrap_servers}
+        )
 
 
 class RedisSettings(_Model):
@@ -163,13 +217,20 @@ class RedisSettings(_Model):
 
     Examples
     --------
-    >>> RedisSettings(url="rediss://app:s3cret@cache.example:6380/2")
-    RedisSettings(redacted_url='rediss://***@cache.example:6380/2')
+    >>> RedisSettings(url="rediss://app:s3cret@cache.example:6380/2")  # doctest: +ELLIPSIS
+    RedisSettings(..., redacted_url='rediss://***@cache.example:6380/2')
     """
 
     url: Annotated[str, AfterValidator(_redis_url), Field(repr=False, exclude=True)] = (
         "redis://127.0.0.1:6379/0"
     )
+    password: Annotated[_Secret | None, Field(repr=False, exclude=True)] = None
+    password_file: _File | None = None
+    ssl_ca_file: _File | None = None
+    ssl_cert_file: _File | None = None
+    ssl_key_file: _File | None = None
+
+    cluster: bool = False
 
     @computed_field  # type: ignore[prop-decorator]  # pydantic's own recipe for a computed property
     @property
@@ -179,6 +240,26 @@ class RedisSettings(_Model):
         user, at, address = url.netloc.rpartition("@")
         return (
             f"{url.scheme}://{'***@' if at and user else ''}{address}{url.path}{'?***' if url.query else ''}"
+        )
+
+    @property
+    def connection_url(self) -> str:
+        """The address with all that a client needs to be let in: a secret, for redis-py alone."""
+        url = urlsplit(self.url)
+        user, _, address = url.netloc.rpartition("@")
+        if self.password is not None:
+            user = f"{user.removesuffix(':')}:{quote(self.password, safe='')}"
+        names = {"ssl_ca_certs": self.ssl_ca_file, "ssl_certfile": self.ssl_cert_file}
+        names["ssl_keyfile"] = self.ssl_key_file
+        files = urlencode({name: path for name, path in names.items() if path is not None})
+        query = "&".join(part for part in (url.query, files) if part)
+        return url._replace(netloc=f"{user}@{address}" if user else address, query=query).geturl()
+
+    def unlocked(self, url: str) -> RedisSettings:
+        """Return the same for a server of our own at `url`, which knows no passwords."""
+        return self.model_copy(
+            update={key: field.default for key, field in type(self).model_fields.items() if _is_lock(key)}
+            | {"url": url}
         )
 
 
@@ -313,6 +394,23 @@ class _Problem:
     needs: frozenset[_Loc] = frozenset()
 
 
+def unlocking_environment(settings: Settings) -> dict[str, str]:
+    """Return variables that take away whatever these settings have of users, passwords and certificates.
+
+    For a process that is to use servers of our own with a configuration made for others.
+    """
+    return {
+        f"{ENVIRONMENT_PREFIX}{section}__{key}".upper(): _as_variable(field.default)
+        for section, locks in (("kafka", settings.kafka), ("redis", settings.redis))
+        for key, field in type(locks).model_fields.items()
+        if _is_lock(key) and getattr(locks, key) != field.default
+    }
+
+
+def _as_variable(value: object) -> str:
+    return "" if value is None else value if isinstance(value, str) else str(value).lower()
+
+
 def load_settings(
     config: Path | None = None,
     segments: Path | None = None,
@@ -351,9 +449,11 @@ def load_settings(
             return f"environment: {origins[loc]}"
         return f"{app_path}: {_key(loc)}"
 
+    unread = _read_secrets(app, where, found)
     sections, wrong = _validated(app)
-    suspect = {problem.loc for problem in wrong}
+    suspect = unread | {problem.loc for problem in wrong}
     wrong += [p for p in _contradictions(sections) if p.needs.isdisjoint(suspect)]
+    wrong += [*_certificates("kafka", sections.kafka), *_certificates("redis", sections.redis)]
     for problem in wrong:
         found.append(f"{where(problem.loc)}: expected {problem.expected}, got {problem.got}")
     # Of the weights, definitions depend on the floor; where that is unknown, no threshold lies below it.
@@ -463,7 +563,9 @@ def _apply_environment(app: dict[str, Any], environ: Mapping[str, str], found: l
         table: Any = app
         for part in loc[:-1]:
             table = table.setdefault(part, {}) if isinstance(table, dict) else None
-        if isinstance(table, dict):  # else the file has something else there, which is told on its own
+        if isinstance(table, dict) and textual and not environ[name] and _may_be_unset(loc):
+            table.pop(loc[-1], None)
+        elif isinstance(table, dict):  # else the file has something else there, which is told on its own
             table[loc[-1]] = environ[name] if textual else _scalar(environ[name])
             origins[loc] = name
     return origins
@@ -490,8 +592,20 @@ def _override_target(name: str, app: Mapping[str, Any]) -> tuple[_Loc, bool] | N
     fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
     if loc[-1] not in fields:
         return None
-    kind = fields[str(loc[-1])].annotation
-    return loc, kind is str or getattr(kind, "__origin__", None) is Literal
+    return loc, _is_text(fields[str(loc[-1])].annotation)
+
+
+def _may_be_unset(loc: _Loc) -> bool:
+    """Tell whether a key has no default, so that an empty variable can only mean none."""
+    model = _Sections.model_fields[str(loc[0])].annotation
+    return isinstance(model, type) and model.model_fields[str(loc[-1])].default is None and len(loc) == 2
+
+
+def _is_text(kind: object) -> bool:
+    """Tell whether a key holds a text: any, or one of a few words."""
+    if get_origin(kind) is Annotated:
+        return _is_text(get_args(kind)[0])
+    return kind is str or get_origin(kind) is Literal or any(_is_text(part) for part in get_args(kind))
 
 
 def _environment_names() -> list[str]:
@@ -512,6 +626,34 @@ def _scalar(text: str) -> object:
         return text
     read = value.get("value")
     return read if len(value) == 1 and isinstance(read, bool | int | float) else text
+
+
+def _read_secrets(app: dict[str, Any], where: Callable[[_Loc], str], found: list[str]) -> set[_Loc]:
+    """Put what `<key>_file` holds in the place of `<key>`; return the keys of which that is unknown.
+
+    Neither a file's content nor its name is shown: whoever mistook one key for the other has a secret there.
+    """
+    unread: set[_Loc] = set()
+    for section, key in _SECRETS:
+        table, file_key = app.get(section), f"{key}_file"
+        path = table.get(file_key) if isinstance(table, dict) else None
+        if not isinstance(table, dict) or not isinstance(path, str):
+            continue  # what is wrong with it is told with all other keys
+        problem = None
+        if key in table:
+            problem = f"expected one of {key} and {file_key}, got both"
+        else:
+            try:
+                text = Path(path).read_text(encoding="utf-8")
+                table[key] = _secret(text.removesuffix("\n").removesuffix("\r"))
+            except OSError as exc:
+                problem = f"expected a readable file, got {exc.strerror or type(exc).__name__}"
+            except ValueError:
+                problem = f"expected a file of UTF-8 with {_ONE_LINE}, got another content"
+        if problem:
+            found.append(f"{where((section, file_key))}: {problem}")
+            unread.add((section, key))
+    return unread
 
 
 def _validated(raw: dict[str, Any]) -> tuple[_Sections, list[_Problem]]:
@@ -557,7 +699,7 @@ def _keys_beside(loc: _Loc, model: type[BaseModel]) -> list[str]:
 
 def _shown(loc: _Loc, value: object) -> str:
     """Return what may be shown of a value: nothing of `[redis]` and of what could hold a password."""
-    if loc[0] == "redis" or "@" in str(value):
+    if loc[0] == "redis" or "password" in str(loc[-1]) or "@" in str(value):
         return f"a {type(value).__name__} that is not shown, since it may hold a password"
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."
@@ -576,7 +718,7 @@ def _prune(raw: dict[str, Any], loc: _Loc) -> None:
 
 def _contradictions(sections: _Sections) -> list[_Problem]:
     """Return what is wrong between keys that are each right by themselves."""
-    result = []
+    result = [*_locks(sections.kafka), *_redis_locks(sections.redis)]
     kafka, weights = sections.kafka, sections.weights
     owner: dict[str, str] = {}
     for key in ("events_topic", "entered_topic", "exited_topic", "dead_letter_topic"):
@@ -591,6 +733,17 @@ def _contradictions(sections: _Sections) -> list[_Problem]:
                     frozenset({("kafka", other)}),
                 )
             )
+    if sections.redis.cluster:
+        address = urlsplit(sections.redis.url)
+        if address.scheme == "unix" or address.path.strip("/") not in ("", "0"):
+            result.append(
+                _Problem(
+                    ("redis", "cluster"),
+                    "false, or a redis.url of a host without a database: a Redis Cluster has none but 0",
+                    "true",
+                    frozenset({("redis", "url")}),
+                )
+            )
     for name, event_type in weights.event_types.items():
         weight, least = event_type.action_weight, 10 * weights.history_floor
         if weight != 0 and weight < least * (1 - SLACK):
@@ -603,6 +756,76 @@ def _contradictions(sections: _Sections) -> list[_Problem]:
                 )
             )
     return result
+
+
+def _locks(kafka: KafkaSettings) -> Iterator[_Problem]:
+    """Yield what is missing or idle beside `kafka.security_protocol`."""
+    protocol = kafka.security_protocol
+    needs: frozenset[_Loc] = frozenset({("kafka", "security_protocol")})
+    for key in ("sasl_mechanism", "sasl_username", "sasl_password"):
+        loc, is_set = ("kafka", key), getattr(kafka, key) is not None
+        if kafka.uses_sasl and not is_set:
+            expected = "it or sasl_password_file" if key == "sasl_password" else "a value"
+            yield _Problem(loc, f"{expected}, since security_protocol is {protocol}", "none", needs | {loc})
+        if is_set and not kafka.uses_sasl:
+            yield _Problem(loc, "security_protocol SASL_SSL or SASL_PLAINTEXT beside it", protocol, needs)
+    if not kafka.uses_tls:
+        for key in _set_tls_keys(kafka):
+            yield _Problem(("kafka", key), "security_protocol SSL or SASL_SSL beside it", protocol, needs)
+    yield from _key_without_certificate("kafka", kafka)
+
+
+def _redis_locks(redis: RedisSettings) -> Iterator[_Problem]:
+    """Yield what contradicts `redis.url`."""
+    needs: frozenset[_Loc] = frozenset({("redis", "url")})
+    url = urlsplit(redis.url)
+    if redis.password is not None and (url.password is not None or "password" in parse_qs(url.query)):
+        yield _Problem(("redis", "url"), "no password beside redis.password", "one", needs)
+    if url.scheme != "rediss":
+        for key in _set_tls_keys(redis):
+            yield _Problem(
+                ("redis", key), "a redis.url that begins with rediss:// beside it", url.scheme, needs
+            )
+    yield from _key_without_certificate("redis", redis)
+
+
+def tls_context(locks: KafkaSettings | RedisSettings) -> ssl.SSLContext:
+    """Return how to make TLS connections: certificate and host name of the other side are checked.
+
+    Raises
+    ------
+    OSError
+        If a file of certificates cannot be used; `load_settings` has refused those.
+    """
+    context = ssl.create_default_context(cafile=locks.ssl_ca_file)
+    if locks.ssl_cert_file is not None:
+        # Without a password OpenSSL would ask the terminal for that of an encrypted key.
+        context.load_cert_chain(locks.ssl_cert_file, locks.ssl_key_file, password="")
+    return context
+
+
+def _certificates(section: str, locks: KafkaSettings | RedisSettings) -> Iterator[_Problem]:
+    """Yield which files of certificates cannot be used; what is in them is not shown."""
+    for keys in (("ssl_ca_file",), ("ssl_cert_file", "ssl_key_file")):
+        used = {key: getattr(locks, key) for key in keys}
+        if used[keys[0]] is None:
+            continue
+        try:
+            tls_context(locks.model_copy(update=dict.fromkeys(_TLS_KEYS) | used))
+        except ssl.SSLError as exc:
+            yield _Problem((section, keys[0]), "PEM that OpenSSL can use", exc.reason or "something else")
+        except OSError as exc:
+            yield _Problem((section, keys[0]), "readable files", exc.strerror or type(exc).__name__)
+
+
+def _set_tls_keys(model: KafkaSettings | RedisSettings) -> list[str]:
+    return [key for key in _TLS_KEYS if getattr(model, key) is not None]
+
+
+def _key_without_certificate(section: str, model: KafkaSettings | RedisSettings) -> Iterator[_Problem]:
+    if model.ssl_key_file is not None and model.ssl_cert_file is None:
+        needs: frozenset[_Loc] = frozenset({(section, "ssl_cert_file")})
+        yield _Problem((section, "ssl_key_file"), "ssl_cert_file beside it", "none", needs)
 
 
 def _read_segments(path: Path, weights: Weights, found: list[str]) -> tuple[Segment, ...]:

@@ -30,6 +30,7 @@ import docker
 import redis
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from docker.errors import DockerException
 from testcontainers.community.redis import RedisContainer
 from testcontainers.core.container import DockerContainer
@@ -145,7 +146,13 @@ def redis_url_of(server: Server, database: int = 0) -> str:
 
 
 def apache_kafka(
-    settings: Mapping[str, str] | None = None, *, data: Path | None = None, advertised_port: int = 0
+    settings: Mapping[str, str] | None = None,
+    *,
+    data: Path | None = None,
+    advertised_port: int = 0,
+    formatting: Sequence[str] = (),
+    cluster_id: str = "",
+    controller_port: int = 0,
 ) -> ServerProgram:
     """How to start Apache Kafka in KRaft mode, one node, on this machine's Java.
 
@@ -159,17 +166,26 @@ def apache_kafka(
         Where the log is kept, to be found again by the same program's next start; default: nowhere.
     advertised_port
         Where clients are told to come, if not to the port itself.
+    formatting
+        More arguments of the command that formats the storage: users with SCRAM passwords are written there.
+    cluster_id
+        Which cluster the node belongs to; default: one of its own.
+    controller_port
+        Where the controllers talk to each other; default: any free port.
     """
     java = shutil.which("java")
     if java is None:
         raise ServiceMissing("no Java on the PATH: Apache Kafka 4 needs Java 17 or later")
     java_command = [java, *JVM, "-cp", f"{kafka_jars()}/*"]
-    cluster_id = _random_cluster_id()
+    cluster_id = cluster_id or random_cluster_id()
 
     def command(port: int, directory: Path) -> Sequence[str]:
         log_directory = data or directory / "data"
         chosen = broker_settings(
-            listen="127.0.0.1", port=port, controller_port=free_port(), data=str(log_directory)
+            listen="127.0.0.1",
+            port=port,
+            controller_port=controller_port or free_port(),
+            data=str(log_directory),
         )
         if advertised_port:
             chosen["advertised.listeners"] = f"PLAINTEXT://127.0.0.1:{advertised_port}"
@@ -177,10 +193,8 @@ def apache_kafka(
         properties = directory / "server.properties"
         properties.write_text("".join(f"{key}={value}\n" for key, value in chosen.items()))
         if not (log_directory / "meta.properties").is_file():
-            _run(
-                [*java_command, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(properties)],
-                timeout_s=60,
-            )
+            tool = [*java_command, "kafka.tools.StorageTool", "format", "-t", cluster_id]
+            _run([*tool, "-c", str(properties), *formatting], timeout_s=60)
         return [*java_command, "kafka.Kafka", str(properties)]
 
     return ServerProgram(
@@ -254,7 +268,7 @@ def docker_kafka() -> Iterator[str]:
     port = free_port()
     settings = broker_settings(listen="", port=port, controller_port=29093, data="/tmp/kraft-combined-logs")
     container = (
-        DockerContainer(KAFKA_IMAGE).with_bind_ports(port, port).with_env("CLUSTER_ID", _random_cluster_id())
+        DockerContainer(KAFKA_IMAGE).with_bind_ports(port, port).with_env("CLUSTER_ID", random_cluster_id())
     )
     for key, value in settings.items():
         container.with_env(f"KAFKA_{key.upper().replace('.', '_')}", value)
@@ -285,7 +299,8 @@ def _running(container: DockerContainer) -> Iterator[None]:
         yield
 
 
-def _random_cluster_id() -> str:
+def random_cluster_id() -> str:
+    """Make up a name for a cluster, as Apache Kafka wants it."""
     while True:  # Kafka refuses an id that looks like an option
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         if not cluster_id.startswith("-"):
@@ -380,6 +395,18 @@ async def create_topic(
                 return
             assert time.monotonic() < deadline, f"{name}: expected {partitions} leaders, got {leaders}"
             await asyncio.sleep(0.05)
+    finally:
+        await admin.close()
+
+
+async def alter_topic(bootstrap: str, topic: str, settings: Mapping[str, str]) -> None:
+    """Set a topic's settings to these, and all others to their defaults."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        resource = ConfigResource(ConfigResourceType.TOPIC, topic, configs=dict(settings))
+        for answer in await admin.alter_configs([resource]):
+            assert [code for code, *_ in answer.resources] == [0]
     finally:
         await admin.close()
 

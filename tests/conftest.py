@@ -19,6 +19,7 @@ from stream_app.embedded import EmbeddedServerError, Server
 from tests import backends
 from tests.backends import Kind, Names, ServiceMissing
 from tests.faults import rows
+from tests.faults.cluster import RedisCluster, redis_cluster
 from tests.faults.rows import Row
 from tests.processes import Programs
 
@@ -112,6 +113,17 @@ def redis_url(redis_kind: Kind) -> Iterator[str]:
         except (ServiceMissing, EmbeddedServerError) as exc:
             missing(str(exc))
         yield url
+
+
+@pytest.fixture(scope="session")
+def redis_masters(redis_kind: Kind) -> Iterator[RedisCluster]:
+    """The session's Redis Cluster of three masters; other tests use it too: empty it first."""
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(redis_cluster(redis_kind))
+        except (ServiceMissing, EmbeddedServerError) as exc:
+            missing(str(exc))
+        yield made
 
 
 # --- what one test owns ------------------------------------------------------------------------------------

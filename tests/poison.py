@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgpack
@@ -19,6 +19,8 @@ Headers = tuple[tuple[str, bytes], ...]
 MSGPACK: Final[Headers] = (("content-type", b"application/msgpack"),)
 #: What brokers and producers accept without being told otherwise, with room for key and headers.
 MAX_SENT_BYTES: Final = 900_000
+#: Different events that are broken bytewise.
+BROKEN_EVENTS: Final = 500
 
 _REQUIRED = ("event_id", "user_id", "event_type", "timestamp")
 _NOT_TEXT: tuple[Any, ...] = (None, 7, 1.5, True, [], ["u1"], {"id": "u1"})
@@ -422,3 +424,88 @@ _MUTATIONS: Final[tuple[Callable[[random.Random], Poison], ...]] = (
     _too_deep,
     _too_big,
 )
+
+
+def mutated_records(seed: int, n: int) -> Iterator[Poison]:
+    """Yield random valid events, each broken in a random way: in turn one of its fields, and its bytes.
+
+    The same for the same seed. Bytes are broken without a thought for what they mean; kept is what no reader
+    of JSON or msgpack could take for an event of the user whom the key names.
+    """
+    rng = random.Random(seed)
+    valid = [_sent(rng, _random_event(rng)) for _ in range(BROKEN_EVENTS)]
+    for i in range(n):
+        if i % 2:
+            yield rng.choice(_MUTATIONS)(rng)
+            continue
+        broken = _bytewise(rng, valid)
+        while not _is_certainly_bad(broken):
+            broken = _bytewise(rng, valid)
+        yield broken
+
+
+def _bytewise(rng: random.Random, valid: Sequence[Poison]) -> Poison:
+    sent = rng.choice(valid)
+    value = bytearray(sent.value or b"")
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        at = rng.randrange(len(value) + 1)
+        end = min(len(value), at + rng.randint(1, 40))
+        if rng.random() < 0.1:
+            other = rng.choice(valid).value or b""
+            begin = rng.randrange(len(other))
+            value[at:end] = other[begin : begin + rng.randint(1, 100)]
+        else:
+            rng.choice(_BYTE_MUTATIONS)(rng, value, at, end)
+    return sent._replace(value=bytes(value[:MAX_SENT_BYTES]))
+
+
+def _flip(rng: random.Random, value: bytearray, at: int, end: int) -> None:
+    if at < end:
+        value[at] ^= 1 << rng.randrange(8)
+
+
+def _truncate(rng: random.Random, value: bytearray, at: int, end: int) -> None:
+    del value[at:]
+
+
+def _drop(rng: random.Random, value: bytearray, at: int, end: int) -> None:
+    del value[at:end]
+
+
+def _repeat(rng: random.Random, value: bytearray, at: int, end: int) -> None:
+    value[at:end] = value[at:end] * rng.choice([2, 3, 200])
+
+
+def _insert(rng: random.Random, value: bytearray, at: int, end: int) -> None:
+    value[at:at] = rng.randbytes(rng.randint(1, 8))
+
+
+def _nest(rng: random.Random, value: bytearray, at: int, end: int) -> None:
+    value[at:at] = rng.choice([b"[", b'{"":', b"\x91", b"\x81\xa0"]) * rng.choice([1, 50, 150, 20_000])
+
+
+def _huge(rng: random.Random, value: bytearray, at: int, end: int) -> None:
+    digits = b"9" * rng.choice([20, 309, 4_301, 30_000])
+    value[at:end] = rng.choice([digits, b"-" + digits, b"1e" + digits, b"-0." + digits, b"1E-" + digits])
+
+
+_BYTE_MUTATIONS: Final = (_flip, _flip, _truncate, _drop, _repeat, _insert, _nest, _huge)
+
+
+def _is_certainly_bad(poison: Poison) -> bool:
+    """Tell whether a value is no document of its encoding, or none that could be its user's event."""
+    value = poison.value or b""
+    if len(value) > 65_536:
+        return True
+    try:
+        if poison.headers:
+            # Whatever is in an unknown field is nobody's business: texts that are none, maps as keys.
+            pairs = msgpack.unpackb(value, raw=True, strict_map_key=False, object_pairs_hook=tuple)
+            event = {name.decode(errors="replace"): it for name, it in pairs if isinstance(name, bytes)}
+            user_id = event["user_id"]
+        else:
+            event = json.loads(value.decode())
+            user_id = event["user_id"].encode()
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, msgpack.UnpackException):
+        return True
+    return not event.keys() >= set(_REQUIRED) or user_id != poison.key

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import redis.asyncio as aioredis
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from stream_app.adapters.kafka_admin import KafkaAdmin
+from stream_app.adapters.redis_client import Client, Cluster, info_of_nodes
+from stream_app.adapters.redis_security import refusal
 from stream_app.errors import StartRefused
 from stream_app.settings import Settings
 
@@ -68,12 +69,12 @@ def refuse(findings: Sequence[Finding], *, unchecked: bool) -> None:
             raise StartRefused(finding.expected, finding.got, finding.name, finding.action)
 
 
-async def check_redis(client: aioredis.Redis, url: str) -> list[Finding]:
-    """Look at eviction policy and role, from INFO, which managed services allow.
+async def check_redis(client: Client, url: str) -> list[Finding]:
+    """Look at eviction policy, role and kind, from INFO, which managed services allow; at every node.
 
     Parameters
     ----------
-    client : redis.asyncio.Redis
+    client : redis.asyncio.Redis or Cluster
     url : str
         Its address without credentials, to name it.
 
@@ -83,42 +84,61 @@ async def check_redis(client: aioredis.Redis, url: str) -> list[Finding]:
         If Redis does not answer, or not to these credentials.
     """
     where = f"Redis at {url}"
+    in_cluster = isinstance(client, Cluster)
     try:
-        info: dict[str, Any] = await client.info("everything")
-    except AuthenticationError as exc:
-        raise StartRefused(
-            "to be let in", str(exc), where, "Check the user and password of redis.url."
-        ) from exc
-    except NoPermissionError as exc:
-        return [
-            Finding(
-                f"{where}, INFO", "unchecked", "leave to ask for INFO", str(exc),
-                "Allow INFO in the ACL, or start with --unchecked after checking by hand that the eviction "
-                "policy is noeviction and that this is no replica.",
-            )
-        ]  # fmt: skip
+        infos = await info_of_nodes(client)
     except (RedisError, OSError) as exc:
-        raise StartRefused(
+        # The nodes of a Cluster cannot even be found without some rights.
+        if isinstance(exc, NoPermissionError) and (not in_cluster or "'info'" in str(exc)):
+            return [
+                Finding(
+                    f"{where}, INFO", "unchecked", "leave to ask for INFO", str(exc),
+                    "Allow INFO in the ACL, or start with --unchecked after checking by hand that the "
+                    "eviction policy is noeviction and that this is no replica.",
+                )
+            ]  # fmt: skip
+        raise refusal(exc, where) or StartRefused(
             "an answer", f"{type(exc).__name__}: {exc}", where,
-            "Check redis.url and that Redis is up; `stream-app services` starts one for trying things out.",
+            "Check redis.url (rediss:// is with TLS) and that Redis is up; `stream-app services` starts one "
+            "for trying things out.",
         ) from exc  # fmt: skip
-    policy, role = info.get("maxmemory_policy"), info.get("role")
     return [
+        finding
+        for node, info in infos.items()
+        for finding in _findings(f"{where}, node {node}" if node else where, info, in_cluster=in_cluster)
+    ]
+
+
+def _findings(where: str, info: dict[str, Any], *, in_cluster: bool) -> list[Finding]:
+    policy, role = info.get("maxmemory_policy"), info.get("role")
+    findings = [
         Finding(
             f"{where}, eviction policy",
             "unchecked" if policy is None else "ok" if policy == "noeviction" else "bad",
             "maxmemory-policy noeviction, since an evicted profile is a lost history",
             str(policy),
             "Set maxmemory-policy to noeviction (if Redis does not tell, check by hand, then --unchecked).",
-        ),
+        )
+    ]
+    if in_cluster:  # whose nodes change roles by themselves: a replica has to be as fit as its master
+        return findings
+    findings.append(
         Finding(
             f"{where}, role",
             "unchecked" if role is None else "ok" if role == "master" else "bad",
             "a master, since a replica takes no writes and lags behind",
             str(role),
             "Point redis.url at the master.",
-        ),
-    ]
+        )
+    )
+    if info.get("cluster_enabled"):
+        findings.append(
+            Finding(
+                f"{where}, kind", "bad", "one server, as redis.cluster is false", "a node of a Redis Cluster",
+                "Set redis.cluster to true.",
+            )
+        )  # fmt: skip
+    return findings
 
 
 async def check_kafka(admin: KafkaAdmin, settings: Settings) -> tuple[list[Finding], KafkaFacts]:
@@ -136,7 +156,7 @@ async def check_kafka(admin: KafkaAdmin, settings: Settings) -> tuple[list[Findi
     findings = [
         Finding(
             f"{where}, topic {topic}", "ok" if topic in counts else "bad", "the topic to exist",
-            f"{counts[topic]} partitions" if topic in counts else "no such topic",
+            f"{counts[topic]} partitions" if topic in counts else "no such topic, or not for this user",
             "Run `stream-app topics`, which creates what is missing.",
         )
         for topic in kafka.topics

@@ -543,6 +543,21 @@ def transition_message(transition: Transition, *, topic: str, partition: int, re
     return Outgoing(transition.status, user, value, headers)
 
 
+def called_replayed(message: Outgoing) -> Outgoing:
+    """Return a transition's message as one that is said again while the log is folded again.
+
+    Examples
+    --------
+    >>> called_replayed(Outgoing("exited", b"u", b'{"seq":2,"replayed":false}', ())).value
+    b'{"seq":2,"replayed":true}'
+    """
+    if message.kind == "dead_letter" or message.value is None:
+        return message
+    # Within a string of the message these quotes would be escaped.
+    value = message.value.replace(b'"replayed":false', b'"replayed":true', 1)
+    return Outgoing(message.kind, message.key, value, message.headers)
+
+
 def _prediction(prediction: Prediction | None) -> _WirePrediction | msgspec.UnsetType:
     if prediction is None:
         return msgspec.UNSET

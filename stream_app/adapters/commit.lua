@@ -23,7 +23,8 @@
 --   then the outbox entries
 --
 -- Checks, in this order: wm gone, older than mine or being rebuilt -> {'LOST'}; another's -> {'FENCED', owner, epoch};
--- commit number differs -> {'MISMATCH', stored}. Else {'OK', next due instant or ''}.
+-- commit number differs -> {'MISMATCH', stored}; a command below is denied -> NOPERM. Else {'OK', next due instant
+-- or ''}.
 local stored = redis.call('HMGET', KEYS[1], 'owner', 'epoch', 'commit', 'rebuilding')
 local owner, epoch, commit = stored[1], stored[2], stored[3]
 if not epoch or tonumber(epoch) < tonumber(ARGV[2]) or stored[4] then
@@ -34,6 +35,17 @@ if owner ~= ARGV[1] or epoch ~= ARGV[2] then
 end
 if commit ~= ARGV[3] then
   return {'MISMATCH', commit}
+end
+
+-- A command that the ACL denies ends a script where it stands, and what is written stays written: so ask first for
+-- all of them. Redis before 7 cannot be asked.
+for _, command in ipairs(redis.acl_check_cmd and {
+  {'SET', KEYS[2], ''}, {'DEL', KEYS[3]}, {'ZADD', KEYS[2], 0, ''}, {'ZREM', KEYS[2], ''}, {'ZRANGE', KEYS[2], 0, 0},
+  {'XADD', KEYS[3], '*', '', ''}, {'HSET', KEYS[1], '', ''}, {'HKEYS', KEYS[4]}, {'HDEL', KEYS[4], ''},
+} or {}) do
+  if not redis.acl_check_cmd(unpack(command)) then
+    return redis.error_reply("NOPERM this user has no permissions to run the '" .. command[1]:lower() .. "' command")
+  end
 end
 
 -- A Redis that is full refuses a script's first write if that may take memory, and lets every later one

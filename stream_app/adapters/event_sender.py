@@ -23,6 +23,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from stream_app.adapters.kafka_admin import KafkaUnavailable
+from stream_app.adapters.kafka_security import NOT_ALLOWED, PLAINTEXT, Security, not_allowed
 from stream_app.adapters.partitioner import partition_of
 from stream_app.errors import StreamAppError
 
@@ -61,6 +62,8 @@ class EventSender:
         How many it has.
     max_batch_bytes
         The topic's `max.message.bytes`, if it has one; batches stay below it.
+    security
+        As made by `stream_app.adapters.kafka_security.security_of`.
 
     Attributes
     ----------
@@ -69,8 +72,15 @@ class EventSender:
     """
 
     def __init__(
-        self, bootstrap_servers: str, topic: str, partitions: int, max_batch_bytes: int = BATCH_BYTES
+        self,
+        bootstrap_servers: str,
+        topic: str,
+        partitions: int,
+        max_batch_bytes: int = BATCH_BYTES,
+        *,
+        security: Security = PLAINTEXT,
     ) -> None:
+        self._security = security
         self.sent = 0
         self.acknowledged = 0
         self._bootstrap_servers = bootstrap_servers
@@ -158,6 +168,7 @@ class EventSender:
             enable_idempotence=idempotent,
             max_batch_size=self._batch_bytes,
             request_timeout_ms=round(DELIVERY_DEADLINE_S * 1000),
+            **self._security,
         )
         try:
             await producer.start()
@@ -202,6 +213,8 @@ class EventSender:
             self._failure = error
 
     def _raise_failure(self) -> None:
+        if isinstance(self._failure, NOT_ALLOWED):
+            raise not_allowed(self._failure, f"Kafka at {self._bootstrap_servers}, topic {self._topic}")
         if self._failure is not None:
             got = " ".join(str(self._failure).split()) or type(self._failure).__name__
             raise NotAcknowledged(self._bootstrap_servers, self._topic, got) from self._failure

@@ -17,10 +17,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final, Literal
 
-import redis.asyncio as aioredis
 from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from stream_app.adapters.profile_store import META_KEY, script_text
+from stream_app.adapters.redis_client import Client, from_every_master
 from stream_app.core.decay import Weights
 from stream_app.errors import StartRefused, StoreUnavailable
 
@@ -72,7 +72,7 @@ def library_version(weights: Weights, clock: Literal["wall", "event"]) -> str:
     return _digest(_filled(weights, clock))
 
 
-async def load(client: aioredis.Redis, weights: Weights, clock: Literal["wall", "event"]) -> str:
+async def load(client: Client, weights: Weights, clock: Literal["wall", "event"]) -> str:
     """Make sure that Redis has this library, and say so in ``sa:meta``; one that differs is replaced.
 
     To be called after a claim, which alone says in ``sa:meta`` what the stored state was folded under, and
@@ -82,8 +82,7 @@ async def load(client: aioredis.Redis, weights: Weights, clock: Literal["wall", 
     Parameters
     ----------
     client
-        Of the one master. With Redis Cluster, which the service has no client for yet, every master needs the
-        library.
+        Of the one master, or of a Cluster, where every master needs the library; a replica has its master's.
 
     Returns
     -------
@@ -111,8 +110,8 @@ async def load(client: aioredis.Redis, weights: Weights, clock: Literal["wall", 
                 WHERE,
                 "Start the worker whose settings the stored state has; the library was left as it is.",
             )
-        if await _loaded(redis) != version:
-            await redis.function_load(library_text(weights, clock), replace=True)
+        if await _loaded(client) != {version}:
+            await from_every_master(client, "FUNCTION LOAD", "REPLACE", library_text(weights, clock))
         # Last: where it stands, the library stands.
         await redis.hset(META_KEY, META_FIELD, version)
     except NoPermissionError as exc:
@@ -131,17 +130,17 @@ async def load(client: aioredis.Redis, weights: Weights, clock: Literal["wall", 
     return version
 
 
-async def _loaded(redis: Any) -> str | None:
-    """Return the version of what is loaded, ``None`` if there is none or it will not tell."""
+async def _loaded(client: Client) -> set[str]:
+    """Return the versions that the masters have, none if one has no library or will not tell."""
     try:
-        version = await redis.fcall_ro("sa_version", 0)
+        versions = await from_every_master(client, "FCALL_RO", "sa_version", 0)
     except NoPermissionError:
-        return None  # whoever may not call it may still be allowed to load it
+        return set()  # whoever may not call it may still be allowed to load it
     except ResponseError as exc:
         if "function not found" in str(exc).lower():
-            return None
+            return set()
         raise
-    return version.decode() if isinstance(version, bytes) else str(version)
+    return {version.decode() for version in versions}
 
 
 def _filled(weights: Weights, clock: Literal["wall", "event"]) -> str:
@@ -188,7 +187,7 @@ def _refused(expected: str, exc: RedisError, action: str) -> StartRefused:
 
 
 def loader(
-    client: aioredis.Redis, weights: Weights, clock: Literal["wall", "event"]
+    client: Client, weights: Weights, clock: Literal["wall", "event"]
 ) -> Callable[[], Awaitable[None]]:
     """Return what loads the library, and tells once if it may not: profiles and topics do not need it."""
     told = False

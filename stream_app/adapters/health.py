@@ -2,9 +2,12 @@
 
 Decides what "alive" means: Faust can stay up with a dead coordinator, so that a process answers is not
 enough.
-Alive: the event loop answers, the group coordinator is in touch, and the log moves, or there is nothing to
-read, or a partition is knowingly held. Ready: every assigned partition is claimed and none is held. A worker
-that holds is alive and not ready: killing it would not bring Redis back.
+Alive: the event loop answers, the group coordinator answers, and every partition moves, or has nothing to
+read, or is knowingly held. Ready: every assigned partition is claimed and none is held. A worker that holds
+is alive and not ready: killing it would not bring Redis back.
+
+Whatever turns a probe does so within 10 s of when it happens: `PATIENCE_S` and two looks, which take 2 s each
+at worst.
 """
 
 from __future__ import annotations
@@ -26,8 +29,11 @@ from stream_app.errors import StartRefused, StreamAppError
 
 __all__ = ["Health", "serve_http"]
 
-#: A coordinator that moves, or a partition that waits for the log, is given this long.
-PATIENCE_S: Final = 8.0
+#: A coordinator that moves, or a partition that waits for the log, is given this long. More than Redis may
+#: take for an answer: a partition that waits for one is held next.
+PATIENCE_S: Final = 6.0
+#: A claim asks Kafka several times; each answer may take 15 s.
+CLAIM_PATIENCE_S: Final = 60.0
 LOOK_EVERY_S: Final = 1.0
 
 
@@ -40,24 +46,28 @@ class Health:
     probe: LogProbe
     metrics: Metrics
     monotonic_s: Callable[[], float]
-    _progress: dict[int, tuple[tuple[int, int] | None, float]] = field(default_factory=dict)
+    _well_s: dict[int, float] = field(default_factory=dict)
     _coordinator_seen_s: float = 0.0
-    _looked_s: float = 0.0
+    _looked_s: float | None = None
 
     def problems(self) -> list[str]:
         """Say why the worker should be restarted; empty while it should not."""
+        if self._looked_s is None:
+            # It is about to join the group, which has a deadline of its own.
+            return []
         now_s = self.monotonic_s()
         found = []
         if now_s - self._looked_s > PATIENCE_S:
             found.append(f"the event loop has not looked around for {now_s - self._looked_s:.0f} s")
-        held = any(task.held_by is not None for task in self.assignment)
-        if now_s - self._coordinator_seen_s > PATIENCE_S and not held:
+        if now_s - self._coordinator_seen_s > PATIENCE_S:
             found.append(f"no group coordinator for {now_s - self._coordinator_seen_s:.0f} s")
-        for partition, (_, moved_s) in sorted(self._progress.items()):
-            if now_s - moved_s > PATIENCE_S:
-                still_s = now_s - moved_s
+        for task in self.assignment:
+            still_s = now_s - max(self._well_s.get(task.partition, now_s), task.moved_s)
+            if not task.is_serving and still_s > CLAIM_PATIENCE_S:
+                found.append(f"partition {task.partition} is being claimed for {still_s:.0f} s")
+            elif task.is_serving and still_s > PATIENCE_S:
                 found.append(
-                    f"partition {partition} has records to read and stands still for {still_s:.0f} s"
+                    f"partition {task.partition} has records to read and stands still for {still_s:.0f} s"
                 )
         return found
 
@@ -76,34 +86,41 @@ class Health:
     async def watch(self) -> None:
         """Look at coordinator, lag and progress, until cancelled."""
         self._looked_s = self._coordinator_seen_s = self.monotonic_s()
+        await asyncio.gather(self._watch_coordinator(), self._watch_partitions())
+
+    async def _watch_coordinator(self) -> None:
+        while True:
+            if await self.log.coordinator_answers():
+                self._coordinator_seen_s = self.monotonic_s()
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _watch_partitions(self) -> None:
         while True:
             self._looked_s = self.monotonic_s()
-            if self.log.is_alive():
-                self._coordinator_seen_s = self._looked_s
             tasks = list(self.assignment)
             self.metrics.partitions.set(sum(task.is_serving for task in tasks))
-            for gone in self._progress.keys() - {task.partition for task in tasks}:
-                del self._progress[gone]
+            for gone in self._well_s.keys() - {task.partition for task in tasks}:
+                del self._well_s[gone]
                 self.metrics.lag.remove(str(gone))
             await asyncio.gather(*map(self._look_at, tasks))
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look_at(self, task: PartitionTask) -> None:
-        """Take note of a partition's lag and of when it last moved."""
-        now_s, stood_at = self.monotonic_s(), task.progress
-        before, moved_s = self._progress.get(task.partition, (None, now_s))
+        """Take note of a partition's lag, and of whether it stands still for a good reason."""
+        partition, now_s = task.partition, self.monotonic_s()
+        self._well_s.setdefault(partition, now_s)
         try:
-            end = (await asyncio.wait_for(self.probe.ends(task.partition), LOOK_EVERY_S)).end
+            ends = await asyncio.wait_for(self.probe.ends(partition), LOOK_EVERY_S)
         except (StreamAppError, TimeoutError):
             # Kafka does not tell; the coordinator's silence speaks for itself.
-            end = None
-        if end is not None and stood_at is not None:
-            self.metrics.lag.labels(str(task.partition)).set(max(0, end - stood_at[0]))
-        nothing_to_do = end is None or (stood_at is not None and stood_at[0] >= end)
-        moves = stood_at != before or task.partition not in self._progress
-        if moves or nothing_to_do or task.held_by is not None:
-            moved_s = now_s
-        self._progress[task.partition] = (stood_at, moved_s)
+            ends = None
+        watermark = task.watermark
+        if ends is not None and watermark is not None:
+            self.metrics.lag.labels(str(partition)).set(max(0, ends.end - watermark))
+        # Behind a transaction that is still open there is nothing to read for us.
+        nothing_to_do = ends is None or (watermark is not None and watermark >= ends.readable)
+        if nothing_to_do or task.held_by is not None:
+            self._well_s[partition] = now_s
 
 
 async def serve_http(health: Health, host: str, port: int) -> web.AppRunner:

@@ -31,16 +31,22 @@ from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
     LeaderNotAvailableError,
+    NodeNotReadyError,
     TopicAlreadyExistsError,
     UnknownTopicOrPartitionError,
     for_code,
 )
 from aiokafka.protocol.group import HeartbeatRequest
+from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.structs import TopicPartition
 
-from stream_app.errors import StreamAppError
+from stream_app.adapters.kafka_security import NOT_ALLOWED, PLAINTEXT, Security, not_allowed, refusal
+from stream_app.errors import StartRefused, StreamAppError
 
 DEFAULT_TIMEOUT_S = 10.0
+
+#: What aiokafka says of a broker to which it has no connection, for whatever reason.
+NO_CONNECTION = (KafkaConnectionError, NodeNotReadyError)
 
 _RETRY_PAUSE_S = 0.1
 _FETCH_WAIT_MS = 20
@@ -65,8 +71,8 @@ class KafkaUnavailable(StreamAppError):
             f"an answer within {timeout_s:g} s",
             got,
             f"Kafka at {bootstrap_servers}",
-            "Check kafka.bootstrap_servers and that the broker is up; `stream-app services` starts one for "
-            "trying things out.",
+            "Check kafka.bootstrap_servers, kafka.security_protocol and that the broker is up; `stream-app "
+            "services` starts one for trying things out.",
         )
 
 
@@ -88,7 +94,7 @@ class TopicMissing(StreamAppError):
     def __init__(self, bootstrap_servers: str, topic: str) -> None:
         super().__init__(
             f"topic {topic!r} to exist",
-            "no such topic",
+            "no such topic, or not for this user",
             f"Kafka at {bootstrap_servers}",
             "Run `stream-app topics`, which creates what is missing.",
         )
@@ -133,9 +139,13 @@ class KafkaAdmin:
     timeout_s
         Deadline of each call, seconds. Passing failures (no leader yet, coordinator moving) are tried again
         until then.
+    security
+        As made by `stream_app.adapters.kafka_security.security_of`.
 
     Raises
     ------
+    StartRefused
+        From any call: the broker does not let this user in or do this, or cannot be trusted.
     KafkaUnavailable
         From any call: no answer within the deadline.
     KafkaRefused
@@ -144,21 +154,31 @@ class KafkaAdmin:
         From the calls about one topic.
     """
 
-    def __init__(self, bootstrap_servers: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        security: Security = PLAINTEXT,
+    ) -> None:
         self._bootstrap_servers = bootstrap_servers
+        self._security = security
         self._timeout_s = timeout_s
         self._admin: AIOKafkaAdminClient | None = None
 
     async def __aenter__(self) -> Self:
         admin = AIOKafkaAdminClient(
-            bootstrap_servers=self._bootstrap_servers, request_timeout_ms=round(self._timeout_s * 1000)
+            bootstrap_servers=self._bootstrap_servers,
+            request_timeout_ms=round(self._timeout_s * 1000),
+            **self._security,
         )
         try:
+            self._admin = admin
             await self._call("connect", admin.start)
         except BaseException:
+            self._admin = None
             await admin.close()
             raise
-        self._admin = admin
         return self
 
     async def __aexit__(
@@ -215,9 +235,10 @@ class KafkaAdmin:
         return counts[topic]
 
     async def create_topics(self, specs: Sequence[TopicSpec]) -> list[str]:
-        """Create topics and wait until they are listed; one that another creates meanwhile is no error.
+        """Create topics and wait until every broker lists them.
 
-        Each gets three replicas, or as many as there are brokers where there are fewer.
+        One that another creates meanwhile is no error. Each gets three replicas, or as many as there are
+        brokers where there are fewer.
 
         Returns
         -------
@@ -244,9 +265,13 @@ class KafkaAdmin:
         created = await self._call(f"create the topics {', '.join(names)}", create)
 
         async def listed() -> None:
-            missing = set(names) - set(await self.partition_counts())
-            if missing:
-                raise LeaderNotAvailableError(f"not listed yet: {', '.join(sorted(missing))}")
+            # By every broker: each learns of a topic by itself, and the next question may go to any.
+            brokers = (await self._client.describe_cluster())["brokers"]
+            for broker in brokers:
+                answer = await self._client._send_request(MetadataRequest(None), broker["node_id"])
+                known = {topic["topic"] for topic in answer.to_object()["topics"] if not topic["error_code"]}
+                if missing := set(names) - known:
+                    raise LeaderNotAvailableError(f"not listed yet: {', '.join(sorted(missing))}")
 
         await self._call("see the new topics", listed)
         return created
@@ -267,10 +292,12 @@ class KafkaAdmin:
         configs: dict[str, dict[str, str]] = {}
         for response in responses:
             for code, message, _kind, name, entries in response.resources:
+                kind = for_code(code)
+                if kind in NOT_ALLOWED:
+                    raise not_allowed(kind(message), f"Kafka at {self._bootstrap_servers}, topic {name}")
                 if code:
-                    kind = for_code(code).__name__
                     raise KafkaRefused(
-                        self._bootstrap_servers, f"describe topic {name}", f"{kind}: {message}"
+                        self._bootstrap_servers, f"describe topic {name}", f"{kind.__name__}: {message}"
                     )
                 configs[name] = {entry[0]: entry[1] for entry in entries if entry[1] is not None}
         return configs
@@ -349,6 +376,7 @@ class KafkaAdmin:
             isolation_level="read_committed",
             fetch_max_wait_ms=_FETCH_WAIT_MS,
             request_timeout_ms=round(self._timeout_s * 1000),
+            **self._security,
         )
         try:
             await consumer.start()
@@ -364,13 +392,26 @@ class KafkaAdmin:
                 while True:
                     try:
                         return await operation()
+                    except NOT_ALLOWED as error:
+                        raise not_allowed(error, f"Kafka at {self._bootstrap_servers}, {doing}") from error
                     except KafkaError as error:
                         if not error.retriable:
                             raise KafkaRefused(self._bootstrap_servers, doing, _one_line(error)) from error
+                        if isinstance(error, NO_CONNECTION) and (locked := await self._refusal()):
+                            raise locked from error
                         last = _one_line(error)
                     await asyncio.sleep(_RETRY_PAUSE_S)
         except TimeoutError as error:
             raise KafkaUnavailable(self._bootstrap_servers, self._timeout_s, last) from error
+
+    async def _refusal(self) -> StartRefused | None:
+        known = [] if self._admin is None else self._admin._client.cluster.brokers()
+        advertised = [f"{_bracketed(broker.host)}:{broker.port}" for broker in known]
+        return await refusal(self._bootstrap_servers, self._security, advertised)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _one_line(error: KafkaError) -> str:

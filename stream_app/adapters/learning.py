@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgpack
-import redis.asyncio as aioredis
 
 from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.model_store import MODEL_SCHEMA, ModelStore, StoredModel
 from stream_app.adapters.profile_store import keys
+from stream_app.adapters.redis_client import Client
 from stream_app.core.decay import Weights
 from stream_app.core.discovery import DiscoveryRules, discover
 from stream_app.core.event import Record
@@ -478,7 +478,7 @@ class Learner:
             raise ModelStateError(f"a ranker that cannot be read ({exc})", _where(partition)) from exc
 
 
-async def read_model(client: aioredis.Redis, weights: Weights, partitions: int) -> NextCategoryModel:
+async def read_model(client: Client, weights: Weights, partitions: int) -> NextCategoryModel:
     """Return the model of the whole service as it was last written down, for who only reads.
 
     Raises

@@ -8,6 +8,12 @@ Ends are those of all records, also of transactions still open: a record of one 
 before now when it becomes readable. An end is read off the answer to a fetch at the last offset that Kafka
 lists: the embedded broker lists the first offset of the last batch, plus one, where Apache Kafka lists the
 end; the high water of a fetch is right on both.
+
+A record that the leader has and its followers have not is behind the high water and readable later, too, with
+the timestamp that it has now; while a follower is slow or gone that may take half a minute. So the leader is
+also asked how far its own log goes: `LogEnds.appended`. Apache Kafka tells that to whoever asks as a replica
+that debugs (`ListOffsetsRequest.DEBUGGING_REPLICA_ID`); a broker that does not know the difference answers
+with what it tells everybody.
 """
 
 from __future__ import annotations
@@ -18,9 +24,10 @@ from dataclasses import dataclass
 
 import aiokafka
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, for_code
+from aiokafka.protocol.offset import OffsetRequest
 
-from stream_app.errors import StoreUnavailable
+from stream_app.adapters.kafka_security import PLAINTEXT, Security, told
 
 __all__ = ["LogEnds", "LogProbe"]
 
@@ -28,15 +35,33 @@ ANSWER_TIMEOUT_S = 15.0
 FETCH_WAIT_MS = 50
 #: One record is enough, and Kafka sends one even if it is larger than this.
 FETCH_BYTES = 1024
+#: Kafka's names for the end of a log and for a replica that only looks.
+LATEST = -1
+DEBUGGING_REPLICA = -2
 
 
 @dataclass(frozen=True, slots=True)
 class LogEnds:
-    """First and next offset of a partition's log, and when they were asked for."""
+    """Where a partition's log begins and ends, and when that was asked.
+
+    Attributes
+    ----------
+    start, end : int
+        First offset, and the next one after what all replicas have.
+    asked_ms : int
+        When the question was asked, Unix ms: what is appended later is not counted.
+    appended : int
+        Next offset after everything that the leader has, never below `end`.
+    readable : int
+        Next offset after what a reader of committed records is given; below `end` while a transaction is
+        open.
+    """
 
     start: int
     end: int
     asked_ms: int
+    appended: int
+    readable: int
 
 
 class LogProbe:
@@ -48,9 +73,18 @@ class LogProbe:
     topic : str
     now_ms : callable
         The wall clock, Unix ms.
+    security : mapping
+        As made by `stream_app.adapters.kafka_security.security_of`.
     """
 
-    def __init__(self, bootstrap_servers: str, topic: str, now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        topic: str,
+        now_ms: Callable[[], int],
+        *,
+        security: Security = PLAINTEXT,
+    ) -> None:
         self._topic = topic
         self._now_ms = now_ms
         self._consumer = aiokafka.AIOKafkaConsumer(
@@ -59,6 +93,7 @@ class LogProbe:
             enable_auto_commit=False,
             fetch_max_wait_ms=FETCH_WAIT_MS,
             max_partition_fetch_bytes=FETCH_BYTES,
+            **security,
         )
         self._waiting: dict[int, asyncio.Future[LogEnds]] = {}
         self._asking: asyncio.Task[None] | None = None
@@ -74,7 +109,7 @@ class LogProbe:
         try:
             await self._consumer.start()
         except KafkaError as exc:
-            raise StoreUnavailable("Kafka, connect", f"{type(exc).__name__}: {exc}") from exc
+            raise told(exc, "Kafka, connect") from exc
 
     async def stop(self) -> None:
         """Disconnect."""
@@ -110,9 +145,11 @@ class LogProbe:
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     starts = await self._consumer.beginning_offsets(tps)
-                    ends = await self._high_waters(starts, await self._consumer.end_offsets(tps))
+                    ends, readable = await self._high_waters(starts, await self._consumer.end_offsets(tps))
+                    appended = await self._appended(tps)
             except Exception as exc:
-                failure = StoreUnavailable("Kafka, ends of the log", f"{type(exc).__name__}: {exc}")
+                self._hang_up()
+                failure = told(exc, "Kafka, ends of the log")
                 for future in waiting.values():
                     if not future.done():
                         future.set_exception(failure)
@@ -120,17 +157,38 @@ class LogProbe:
                 continue
             for tp in tps:
                 if not waiting[tp.partition].done():
-                    waiting[tp.partition].set_result(LogEnds(starts[tp], ends[tp], asked_ms))
+                    end = ends[tp]
+                    found = LogEnds(
+                        starts[tp],
+                        end,
+                        asked_ms,
+                        appended=max(end, appended.get(tp, end)),
+                        readable=readable[tp],
+                    )
+                    waiting[tp.partition].set_result(found)
         self._asking = None
+
+    def _hang_up(self) -> None:
+        """Ask the next time over new connections.
+
+        aiokafka drops a connection on which nothing is answered after its own deadline only, which ours
+        comes before: one that the other end has forgotten would be asked for ever.
+        """
+        for connection in list(self._consumer._client._conns.values()):
+            connection.close()
 
     async def _high_waters(
         self, starts: dict[TopicPartition, int], listed: dict[TopicPartition, int]
-    ) -> dict[TopicPartition, int]:
-        """Fetch the last listed record of each partition, for the end of the log that comes with it."""
+    ) -> tuple[dict[TopicPartition, int], dict[TopicPartition, int]]:
+        """Fetch the last listed record of each partition, for the ends of the log that come with it.
+
+        Returns the ends of all records and those of what a reader of committed records is given.
+        """
         ends = {tp: end for tp, end in listed.items() if end == starts[tp]}
+        readable = dict(ends)
         fetched = [tp for tp in listed if tp not in ends]
         if not fetched:
-            return ends
+            return ends, readable
         # A new assignment forgets the high waters of earlier answers.
         self._consumer.assign(fetched)
         for tp in fetched:
@@ -141,5 +199,32 @@ class LogProbe:
                 high_water = self._consumer.highwater(tp)
                 if high_water is not None:
                     ends[tp] = max(high_water, listed[tp])
+                    stable = self._consumer.last_stable_offset(tp)
+                    # Brokers from before transactions do not tell, some tell it only to readers of
+                    # committed records.
+                    told = stable is not None and stable >= 0
+                    readable[tp] = min(stable, ends[tp]) if told else ends[tp]
         self._consumer.unsubscribe()
-        return ends
+        return ends, readable
+
+    async def _appended(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
+        """Ask each partition's leader where its own log ends; absent where it would not say."""
+        client = self._consumer._client
+        by_leader: dict[int, list[tuple[int, int]]] = {}
+        for tp in tps:
+            # Known, since it has just answered; if it has changed since, the answer is an error.
+            by_leader.setdefault(client.cluster.leader_for_partition(tp), []).append((tp.partition, LATEST))
+        requests = (
+            client.send(leader, OffsetRequest(DEBUGGING_REPLICA, 0, [(self._topic, asked)]))
+            for leader, asked in by_leader.items()
+        )
+        found = {}
+        for response in await asyncio.gather(*requests):
+            for _, partitions in response.topics:
+                for partition, code, *answer in partitions:
+                    error = for_code(code)
+                    if error.retriable:
+                        raise error(f"partition {partition}")
+                    if code == 0 and answer:
+                        found[TopicPartition(self._topic, partition)] = int(answer[-1])
+        return found

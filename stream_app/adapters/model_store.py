@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import redis.asyncio as aioredis
-
 from stream_app.adapters.profile_store import keys, script_text, unavailable
+from stream_app.adapters.redis_client import Client
 from stream_app.errors import CommitMismatch, Fenced, StateLost
 
 __all__ = ["ModelStore", "StoredBase", "StoredDelta", "StoredModel"]
@@ -82,13 +81,13 @@ class ModelStore:
 
     Parameters
     ----------
-    client : redis.asyncio.Redis
-        Made by `stream_app.adapters.profile_store.connect`: no retries.
+    client : redis.asyncio.Redis or Cluster
+        Made by `stream_app.adapters.redis_client.connect`: no retries.
     owner : str
         The name that the worker claims partitions under.
     """
 
-    def __init__(self, client: aioredis.Redis, owner: str) -> None:
+    def __init__(self, client: Client, owner: str) -> None:
         # redis-py types every reply as a union of all that any client might return.
         self._redis: Any = client
         self.owner = owner

@@ -19,14 +19,21 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from stream_app.adapters.codec import Decoder, InvalidEvent, Outgoing, dead_letter, transition_message
+from stream_app.adapters.codec import (
+    Decoder,
+    InvalidEvent,
+    Outgoing,
+    called_replayed,
+    dead_letter,
+    transition_message,
+)
 from stream_app.adapters.fuse import DeadLetterFuse
 from stream_app.adapters.learning import Learner
-from stream_app.adapters.log_ends import LogEnds, LogProbe
+from stream_app.adapters.log_ends import LogEnds
 from stream_app.adapters.metrics import Metrics
+from stream_app.adapters.ports import AsksLogEnds, PublishesMessages, ReadsLog
 from stream_app.adapters.profile_store import Before, Claim, Commit, Identity, ProfileStore
-from stream_app.adapters.publisher import Publisher
-from stream_app.adapters.transport import Log, Slice
+from stream_app.adapters.transport import Slice
 from stream_app.core.decay import NEVER_MS
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold
@@ -56,7 +63,7 @@ USERS_PER_STEP: Final = 500
 #: How long after an exit's instant the timer asks whether the log has anything to say about it.
 GRACE_MS: Final = 150
 #: How long a partition with nothing to do goes without asking whether it still owns its state.
-MOST_IDLE_MS: Final = 2_000
+MOST_IDLE_S: Final = 2.0
 #: How soon the timer asks again when the log was ahead of the fold.
 ASK_AGAIN_S: Final = 0.05
 #: How often the background asks who was not scored for long.
@@ -67,6 +74,8 @@ LOG_APPEND_TIME: Final = 1
 REWIND_AGAIN_S: Final = 1.0
 FIRST_BACKOFF_S: Final = 0.1
 LONGEST_BACKOFF_S: Final = 2.0
+#: Kafka's brokers may take their time with what is published; a partition that waits longer is held.
+PUBLISHED_WITHIN_S: Final = 3.0
 #: A partition that went well for this long begins a new deadline when it fails again.
 WELL_AGAIN_S: Final = 10.0
 #: Added to a topic's retention before Redis may drop a forgotten profile.
@@ -104,9 +113,9 @@ class Shell:
     fold: Fold
     decoder: Decoder
     store: ProfileStore
-    publisher: Publisher
-    log: Log
-    probe: LogProbe
+    publisher: PublishesMessages
+    log: ReadsLog
+    probe: AsksLogEnds
     identity: Identity
     metrics: Metrics
     now_ms: Callable[[], int]
@@ -132,6 +141,10 @@ class _Owned:
     replayed_below: int
     next_due_ms: int | None
     old: Mapping[str, SegmentSet]
+    #: What Kafka, or this process, knew at the claim to be processed.
+    processed_below: int
+    #: When a slice was folded last, or the surroundings were looked at.
+    looked_s: float
     outbox_is_empty: bool = True
     scores_are_gone: bool = False
     rewound_s: float = 0.0
@@ -176,9 +189,11 @@ class PartitionTask:
     def __init__(self, partition: int, shell: Shell, memory: PartitionMemory) -> None:
         self.partition = partition
         self._memory = memory
-        #: Why the partition does not go on, ``None`` while it does.
-        self.held_by: StreamAppError | None = None
+        #: When Redis or Kafka last answered a step, on the shell's monotonic clock.
+        self.moved_s = shell.monotonic_s()
         self._shell = shell
+        self._held_by: StreamAppError | None = None
+        self._publishing_since_s: float | None = None
         self._owned: _Owned | None = None
         self._queue: deque[tuple[Slice, Callable[[], object]]] = deque()
         self._requests: deque[_Request] = deque()
@@ -194,6 +209,15 @@ class PartitionTask:
     # What the worker asks and tells, on its event loop.
 
     @property
+    def held_by(self) -> StreamAppError | None:
+        """Why the partition does not go on, ``None`` while it does."""
+        if self._held_by is None and self._publishing_since_s is not None:
+            waited_s = self._shell.monotonic_s() - self._publishing_since_s
+            if waited_s > PUBLISHED_WITHIN_S:
+                return StoreUnavailable("Kafka, publish", f"no acknowledgement for {waited_s:.0f} s")
+        return self._held_by
+
+    @property
     def is_serving(self) -> bool:
         """Whether the partition is claimed and folding."""
         return self._owned is not None
@@ -202,11 +226,6 @@ class PartitionTask:
     def watermark(self) -> int | None:
         """Next offset to fold, ``None`` while the partition is not claimed."""
         return self._owned.watermark if self._owned else None
-
-    @property
-    def progress(self) -> tuple[int, int] | None:
-        """Watermark and commit number, one of which moves while there is work; ``None`` if not claimed."""
-        return (self._owned.watermark, self._owned.commit) if self._owned else None
 
     @property
     def epoch(self) -> int:
@@ -275,10 +294,11 @@ class PartitionTask:
                 f"{shell.identity.partitions} partitions, as when the worker started",
                 f"partition {p}",
                 f"topic {shell.topic}",
-                "Users have moved to other partitions: stop all workers and run `stream-app rebuild`.",
+                "Users have moved to other partitions: stop all workers and run `stream-app rebuild`. Those "
+                "who moved begin anew; to keep their histories, replay all events into a new topic first.",
             )
         await self._check_generation()
-        processed_below = await shell.log.committed(p)
+        processed_below = committed = await shell.log.committed(p)
         if self._memory.processed_below:
             processed_below = max(processed_below or 0, self._memory.processed_below)
         ends = await shell.probe.ends(p)
@@ -306,8 +326,21 @@ class PartitionTask:
             replayed_below=wm.replayed_below,
             next_due_ms=claim.next_due_ms,
             old=self._older_sets(claim),
+            processed_below=processed_below or 0,
+            looked_s=shell.monotonic_s(),
         )
+        later = await shell.log.committed(p)
+        if later is not None and later != committed:
+            # Another had the partition in between. If Redis is behind him now, it has lost what he did.
+            owned.processed_below = max(owned.processed_below, later)
+            if later > max(wm.watermark, wm.replayed_below):
+                owned.replayed_below = later
         await self._publish_outbox(owned)
+        if owned.replayed_below > wm.replayed_below:
+            await self._commit(owned, Commit(replayed_below=owned.replayed_below), [])
+        if wm.watermark > ends.end:
+            # Whoever had the partition may have gone on since the log was asked; nobody does now.
+            ends = await shell.probe.ends(p)
         if not ends.start <= wm.watermark <= ends.end:
             await self._accept_gap(owned, ends)
         await shell.load_functions()
@@ -317,8 +350,8 @@ class PartitionTask:
         self._queue.clear()
         await shell.log.rewind(p, owned.watermark)
         self._owned = owned
-        self._claimed_s = shell.monotonic_s()
-        self.held_by = None
+        self._claimed_s = self.moved_s = shell.monotonic_s()
+        self._held_by = None
         logger.info(
             "partition %d: claimed, epoch %d, watermark %d, log %d to %d",
             p, owned.epoch, owned.watermark, ends.start, ends.end,
@@ -367,11 +400,16 @@ class PartitionTask:
         await self._commit(owned, step, [])
 
     async def _publish_outbox(self, owned: _Owned) -> None:
-        async for page in self._shell.store.outbox(self.partition):
-            await self._shell.publisher.publish([Outgoing.unpack(blob) for blob in page])
-            owned.outbox_is_empty = False
-        if not owned.outbox_is_empty:
-            await self._trim(owned)
+        # Not what another leaves there, who has claimed the partition meanwhile: it is for him to publish.
+        async for page in self._shell.store.outbox(self.partition, owned.commit):
+            messages = [Outgoing.unpack(blob) for blob in page]
+            if owned.watermark < owned.replayed_below:
+                # An older snapshot's outbox: the log was once processed beyond it, so it was published.
+                messages = [called_replayed(message) for message in messages]
+            await self._publish(messages)
+        # Also when there was none: Redis may have been emptied since the claim, and the outbox with it. What
+        # was in it would be taken for published, and be called replayed when it is said for the first time.
+        await self._trim(owned)
 
     def _let_go(self) -> None:
         self._owned = None
@@ -390,9 +428,9 @@ class PartitionTask:
         deadline_s = self._shell.hold_deadline_s
         if now_s - self._held_since_s > deadline_s:
             raise HoldExpired(self.partition, deadline_s, exc) from exc
-        if self.held_by is None or type(self.held_by) is not type(exc):
+        if self._held_by is None or type(self._held_by) is not type(exc):
             logger.warning("partition %d: held, %s", self.partition, exc)
-        self.held_by = exc
+        self._held_by = exc
         self._shell.metrics.holds.labels(type(exc).__name__).inc()
         self._wake.clear()
         if not self._draining:
@@ -443,7 +481,7 @@ class PartitionTask:
                 await self._check_range(owned)
                 await self._shell.log.rewind(self.partition, owned.watermark)
             return
-        owned.rewound_s = 0.0
+        owned.rewound_s, owned.looked_s = 0.0, self._shell.monotonic_s()
         learned_below = owned.replayed_below
         if self._shell.learner is not None:
             learned_below = self._shell.learner.learned_below(self.partition)
@@ -484,6 +522,7 @@ class PartitionTask:
                 records.append(Record(raw.offset, raw.timestamp, event))
         users = dict.fromkeys(record.event.user_id for record in records)
         profiles, before = await shell.store.load(p, users)
+        self.moved_s = shell.monotonic_s()
         for profile in profiles.values():
             self._check_definitions(owned, profile)
         learner = shell.learner
@@ -569,7 +608,7 @@ class PartitionTask:
         if users and at_ms > stream_time_ms:
             # With a backlog it follows stream time, as the timer does: nobody is judged ahead of his events.
             ends = await shell.probe.ends(self.partition)
-            if ends.end != owned.watermark or self._queue:
+            if ends.appended != owned.watermark or self._queue:
                 at_ms = stream_time_ms
                 users = await shell.store.scored_before(self.partition, at_ms - half_ms, shell.rescored_per_s)
         if not users:
@@ -653,9 +692,10 @@ class PartitionTask:
         """Let all exits happen that are due by stream time, a bounded number of users a commit.
 
         They belong to the log below the watermark. Kafka hears of a watermark only when they are published,
-        so up to `replayed_below` they were, once.
+        so up to `replayed_below` they were, once; up to what it knew at the claim, too, where an older
+        snapshot may stand without them.
         """
-        replayed = owned.watermark <= owned.replayed_below
+        replayed = owned.watermark <= max(owned.replayed_below, owned.processed_below)
         while owned.stream_time_ms is not None and self._due_by_stream_time(owned):
             await self._fire(owned, owned.stream_time_ms, replayed=replayed)
 
@@ -727,17 +767,21 @@ class PartitionTask:
         self._wake.clear()
         if self._queue or self._requests or self._draining:
             return
+        wait_s = owned.looked_s + MOST_IDLE_S - self._shell.monotonic_s()
+        if wait_s <= 0:
+            # Also while exits are due and the log is ahead: the slice that they wait for may be lost.
+            await self._look_around(owned)
+            owned.looked_s = self._shell.monotonic_s()
+            return
         due_ms = owned.next_due_ms if self._shell.clock == "wall" else None
-        wait_ms = MOST_IDLE_MS
         if due_ms is not None:
-            wait_ms = min(wait_ms, due_ms + GRACE_MS - self._shell.now_ms())
-        if due_ms is None or wait_ms > 0:
-            if not await self._sleep(wait_ms / 1000.0) and wait_ms == MOST_IDLE_MS:
-                await self._look_around(owned)
+            wait_s = min(wait_s, (due_ms + GRACE_MS - self._shell.now_ms()) / 1000.0)
+        if due_ms is None or wait_s > 0:
+            await self._sleep(wait_s)
             return
         # The log is asked after the instant: what is appended from now on carries a later Kafka timestamp.
         ends = await self._shell.probe.ends(self.partition)
-        if ends.end == owned.watermark and not self._queue:
+        if ends.appended == owned.watermark and not self._queue:
             until_ms = ends.asked_ms - GRACE_MS
             self._shell.metrics.exit_lateness_s.observe(max(0.0, (until_ms - due_ms) / 1000.0))
             await self._fire(owned, until_ms, replayed=owned.watermark < owned.replayed_below)
@@ -745,7 +789,7 @@ class PartitionTask:
             await self._sleep(ASK_AGAIN_S)
 
     async def _look_around(self, owned: _Owned) -> None:
-        """Notice, with nothing to do, what nobody tells.
+        """Notice, when nothing has come for a while, what nobody tells.
 
         A Redis that was emptied fails the owner check of a trim that has nothing to drop; a Kafka that is
         gone does not answer. A slice that was lost on the way here, with none behind it, shows as a position
@@ -798,9 +842,18 @@ class PartitionTask:
         if step.stream_time_ms is not None:
             owned.stream_time_ms = step.stream_time_ms
         owned.outbox_is_empty = not outgoing
+        self.moved_s = self._shell.monotonic_s()
         if outgoing:
-            await self._shell.publisher.publish(outgoing)
+            await self._publish(outgoing)
         self._held_since_s = None
+
+    async def _publish(self, messages: Sequence[Outgoing]) -> None:
+        self._publishing_since_s = self._shell.monotonic_s()
+        try:
+            await self._shell.publisher.publish(messages)
+        finally:
+            self._publishing_since_s = None
+        self.moved_s = self._shell.monotonic_s()
 
     async def _trim(self, owned: _Owned) -> None:
         owned.next_due_ms = await self._shell.store.trim(self.partition, owned.epoch, owned.commit)

@@ -15,16 +15,10 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Final
 
-import redis.asyncio as aioredis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    NoPermissionError,
-    RedisError,
-)
+from redis.exceptions import RedisError
 
+from stream_app.adapters.redis_client import Client, connect, walk
+from stream_app.adapters.redis_security import not_admitted
 from stream_app.core.decay import NEVER_MS
 from stream_app.core.profile import Profile, pack, unpack
 from stream_app.errors import CommitMismatch, Fenced, StartRefused, StateLost, StoreUnavailable
@@ -191,36 +185,18 @@ class Commit:
     scored_ms: int = 0
 
 
-def connect(url: str, *, timeout_s: float = 5.0) -> aioredis.Redis:
-    """Open a client that never repeats a command by itself.
-
-    redis-py repeats a command up to ten times when its connection breaks; a commit whose reply was lost would
-    then be answered with a mismatch of its own making.
-    """
-    return aioredis.Redis.from_url(
-        url,
-        decode_responses=False,
-        retry=Retry(NoBackoff(), 0),
-        retry_on_error=[],
-        socket_timeout=timeout_s,
-        socket_connect_timeout=timeout_s,
-        health_check_interval=0,
-        max_connections=64,
-    )
-
-
 class ProfileStore:
     """State of all partitions that one worker owns; one instance a worker, safe for concurrent tasks.
 
     Parameters
     ----------
-    client : redis.asyncio.Redis
+    client : redis.asyncio.Redis or Cluster
         Made by `connect`: no retries.
     owner : str
         Random name of this worker, written into each claimed ``wm``.
     """
 
-    def __init__(self, client: aioredis.Redis, owner: str) -> None:
+    def __init__(self, client: Client, owner: str) -> None:
         # redis-py types every reply as a union of all that any client might return.
         self._redis: Any = client
         self.owner = owner
@@ -416,12 +392,17 @@ class ProfileStore:
         script_keys = [names.wm, names.due, names.outbox, names.definitions, names.scored]
         return await self._run(partition, script_keys, args, number)
 
-    async def outbox(self, partition: int) -> AsyncIterator[list[bytes]]:
-        """Yield what is committed and not known to be published, in order, in pages of `OUTBOX_PAGE`."""
-        first = "-"
+    async def outbox(self, partition: int, up_to: int | None = None) -> AsyncIterator[list[bytes]]:
+        """Yield what is committed and not known to be published, in order, in pages of `OUTBOX_PAGE`.
+
+        With `up_to`, only what commits up to that number have left.
+        """
+        first, last = "-", "+" if up_to is None else str(up_to)
         while True:
             with unavailable("read the outbox"):
-                page = await self._redis.xrange(keys(partition).outbox, min=first, count=OUTBOX_PAGE)
+                page = await self._redis.xrange(
+                    keys(partition).outbox, min=first, max=last, count=OUTBOX_PAGE
+                )
             if not page:
                 return
             yield [fields[b"m"] for _, fields in page]
@@ -455,10 +436,12 @@ class ProfileStore:
 
     async def scan_users(self, count: int) -> AsyncIterator[list[tuple[int, str]]]:
         """Walk over all stored profiles once, as pages of (partition, user_id); a user may come twice."""
-        cursor = 0
+        pages = aiter(walk(self._redis, "sa:{*}:profile:*", count))
         while True:
             with unavailable("scan"):
-                cursor, page = await self._redis.scan(cursor, match="sa:{*}:profile:*", count=count)
+                page = await anext(pages, None)
+            if page is None:
+                return
             users = []
             for raw in page:
                 partition, _, rest = raw.decode().removeprefix("sa:{").partition("}:profile:")
@@ -466,8 +449,6 @@ class ProfileStore:
                     users.append((int(partition), rest))
             if users:
                 yield users
-            if cursor == 0:
-                return
 
     async def close(self) -> None:
         """Close all connections."""
@@ -502,13 +483,8 @@ class unavailable:  # noqa: N801 - reads as a phrase at its `with`
         return None
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, AuthenticationError | AuthorizationError | NoPermissionError):
-            raise StartRefused(
-                "a user who may use sa:* and the commands of this service",
-                f"{type(exc).__name__}: {exc}",
-                f"Redis, {self._doing}",
-                "Check the user, password and ACL behind redis.url.",
-            ) from exc
+        if exc is not None and (refused := not_admitted(exc, f"Redis, {self._doing}")):
+            raise refused from exc
         if isinstance(exc, RedisError | OSError):
             raise StoreUnavailable(f"Redis, {self._doing}", f"{type(exc).__name__}: {exc}") from exc
 

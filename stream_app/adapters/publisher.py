@@ -16,12 +16,14 @@ from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
     MessageSizeTooLargeError,
+    ProducerClosed,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
 )
 
 from stream_app.adapters.codec import Outgoing
-from stream_app.errors import StartRefused, StoreUnavailable
+from stream_app.adapters.kafka_security import PLAINTEXT, Security, told
+from stream_app.errors import StartRefused
 
 __all__ = ["Publisher"]
 
@@ -54,13 +56,27 @@ class Publisher:
     topics : mapping of Outgoing.kind to topic name
     timeout_s : float
         How long one message may take, retries included, seconds.
+    security : mapping
+        As made by `stream_app.adapters.kafka_security.security_of`.
     """
 
-    def __init__(self, bootstrap_servers: str, topics: Mapping[str, str], *, timeout_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        topics: Mapping[str, str],
+        *,
+        timeout_s: float = 20.0,
+        security: Security = PLAINTEXT,
+    ) -> None:
+        self._security = security
         self._bootstrap_servers = bootstrap_servers
         self._topics = dict(topics)
         self._timeout_s = timeout_s
+        #: ``None`` before the start and after a failure.
         self._producer: aiokafka.AIOKafkaProducer | None = None
+        self._connecting = asyncio.Lock()
+        self._kinds: tuple[bool, ...] = (True, False)
+        self._given_up: dict[asyncio.Task[None], aiokafka.AIOKafkaProducer] = {}
 
     async def start(self) -> None:
         """Connect.
@@ -74,7 +90,16 @@ class Publisher:
         StoreUnavailable
             If Kafka cannot be reached.
         """
-        for idempotent in (True, False):
+        await self._connected()
+
+    async def _connected(self) -> aiokafka.AIOKafkaProducer:
+        async with self._connecting:
+            if self._producer is None:
+                self._producer = await self._connect()
+            return self._producer
+
+    async def _connect(self) -> aiokafka.AIOKafkaProducer:
+        for idempotent in self._kinds:
             producer = aiokafka.AIOKafkaProducer(
                 bootstrap_servers=self._bootstrap_servers,
                 acks="all",
@@ -83,6 +108,7 @@ class Publisher:
                 max_batch_size=MAX_BATCH_BYTES,
                 max_request_size=MAX_REQUEST_BYTES,
                 request_timeout_ms=int(self._timeout_s * 1000),
+                **self._security,
             )
             # What aiokafka logs of a refusal is said below, or raised.
             sender_logger.setLevel(logging.CRITICAL)
@@ -97,16 +123,42 @@ class Publisher:
                         type(exc).__name__,
                     )
                     continue
-                raise StoreUnavailable("Kafka, connect", f"{type(exc).__name__}: {exc}") from exc
+                raise told(exc, "Kafka, connect") from exc
             finally:
                 sender_logger.setLevel(logging.NOTSET)
-            self._producer = producer
-            return
+            # Known for good: a broker in trouble must not be taken for one without idempotent producers.
+            self._kinds = (idempotent,)
+            return producer
+        raise RuntimeError("expected a broker to have producers of one kind")
 
     async def stop(self) -> None:
         """Disconnect."""
+        for producer in self._given_up.values():
+            _fail(producer)
+        await asyncio.gather(*self._given_up, return_exceptions=True)
         if self._producer is not None:
             await self._producer.stop()
+
+    def _give_up(self, producer: aiokafka.AIOKafkaProducer) -> None:
+        """Let the next message go through another producer.
+
+        An idempotent producer numbers its batches, and a broker takes them in order only. One that aiokafka
+        drops unsent, since its partition had no leader for too long, leaves a gap in the numbers, and all
+        behind it are refused for ever.
+        """
+        if self._producer is producer:
+            self._producer = None
+            leaving = asyncio.create_task(self._leave(producer))
+            self._given_up[leaving] = producer
+            leaving.add_done_callback(self._given_up.pop)
+
+    async def _leave(self, producer: aiokafka.AIOKafkaProducer) -> None:
+        """Let what other partitions have under way in a producer end, for a while, then end it."""
+        flushing = asyncio.ensure_future(producer.flush())
+        await asyncio.wait({flushing}, timeout=2 * self._timeout_s)
+        _fail(producer)
+        await flushing
+        await producer.stop()
 
     async def publish(self, messages: Sequence[Outgoing]) -> None:
         """Send messages in order and return when all of them are acknowledged by all replicas.
@@ -118,9 +170,7 @@ class Publisher:
         StartRefused
             If Kafka will never take one of them.
         """
-        producer = self._producer
-        if producer is None:
-            raise RuntimeError("expected start() before publish()")
+        producer = await self._connected()
         try:
             for chunk in _chunks(messages):
                 async with asyncio.timeout(2 * self._timeout_s):
@@ -134,7 +184,8 @@ class Publisher:
                 "What was not taken is in the outbox and is published at the next start.",
             ) from exc
         except (KafkaError, TimeoutError) as exc:
-            raise StoreUnavailable("Kafka, publish", f"{type(exc).__name__}: {exc}") from exc
+            self._give_up(producer)
+            raise told(exc, "Kafka, publish") from exc
 
     async def _publish_chunk(self, producer: aiokafka.AIOKafkaProducer, chunk: Sequence[Outgoing]) -> None:
         sent = [
@@ -150,6 +201,11 @@ class Publisher:
         for answer in await asyncio.gather(*sent, return_exceptions=True):
             if isinstance(answer, BaseException):
                 raise answer
+
+
+def _fail(producer: aiokafka.AIOKafkaProducer) -> None:
+    """Let everything that waits in a producer fail; it would wait for a broker that is away for ever."""
+    producer._message_accumulator.fail_all(ProducerClosed())
 
 
 def _chunks(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:

@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-import redis.asyncio as aioredis
 from redis.exceptions import RedisError
 
 from stream_app.adapters.profile_store import META_KEY, keys
+from stream_app.adapters.redis_client import Client, walk
+from stream_app.adapters.redis_security import refusal
 from stream_app.errors import StoreUnavailable
 
 __all__ = ["forget_everything", "forget_model"]
@@ -24,14 +25,12 @@ PAGE_KEYS: Final = 1000
 WATERMARK_KEY: Final = re.compile(r"sa:\{\d+\}:wm")
 
 
-async def forget_everything(
-    client: aioredis.Redis, partitions: int, progress: Callable[[int, int], None]
-) -> int:
+async def forget_everything(client: Client, partitions: int, progress: Callable[[int, int], None]) -> int:
     """Delete every key of this service.
 
     Parameters
     ----------
-    client : redis.asyncio.Redis
+    client : redis.asyncio.Redis or Cluster
     partitions : int
         Partitions of the events topic; keys of others that are found go too.
     progress : callable
@@ -50,34 +49,31 @@ async def forget_everything(
     redis: Any = client
     try:
         marked = {keys(p).wm for p in range(partitions)}
-        async for key in redis.scan_iter(match="sa:{*}:wm", count=PAGE_KEYS):
-            if WATERMARK_KEY.fullmatch(key.decode()):
-                marked.add(key.decode())
+        async for page in walk(client, "sa:{*}:wm", PAGE_KEYS):
+            marked.update(key.decode() for key in page if WATERMARK_KEY.fullmatch(key.decode()))
         for wm in sorted(marked):
             await redis.hset(wm, "rebuilding", 1)
-        total, looked_at, deleted, cursor = int(await redis.dbsize()), 0, 0, 0
-        while True:
-            cursor, page = await redis.scan(cursor, match="sa:*", count=PAGE_KEYS)
+        total, looked_at, deleted = int(await redis.dbsize()), 0, 0
+        async for page in walk(client, "sa:*", PAGE_KEYS):
             looked_at += PAGE_KEYS
             gone = [key for key in page if key.decode() not in marked and key.decode() != META_KEY]
             if gone:
                 deleted += int(await redis.unlink(*gone))
             progress(min(looked_at, total), total)
-            if cursor == 0:
-                break
         for key in [META_KEY, *sorted(marked)]:
             deleted += int(await redis.delete(key))
     except (RedisError, OSError) as exc:
-        raise StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}") from exc
+        failure = StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}")
+        raise refusal(exc, "Redis, rebuild") or failure from exc
     return deleted
 
 
-async def forget_model(client: aioredis.Redis, partitions: int) -> int:
+async def forget_model(client: Client, partitions: int) -> int:
     """Delete what the next-category model has learned; profiles, memberships and watermarks stay.
 
     Parameters
     ----------
-    client : redis.asyncio.Redis
+    client : redis.asyncio.Redis or Cluster
     partitions : int
         Partitions of the events topic.
 
@@ -100,5 +96,6 @@ async def forget_model(client: aioredis.Redis, partitions: int) -> int:
             await redis.hdel(names.wm, "checkpoint")
             forgotten += int(await redis.delete(names.model, names.model_deltas)) > 0
     except (RedisError, OSError) as exc:
-        raise StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}") from exc
+        failure = StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}")
+        raise refusal(exc, "Redis, rebuild") or failure from exc
     return forgotten

@@ -18,11 +18,13 @@ decided by the watermark in Redis. What is overridden, and why:
 ``Consumer.on_partitions_assigned``, ``Consumer.on_partitions_revoked``
     Tell the partitions who owns what.
 ``AIOKafkaConsumerThread._create_worker_consumer``
-    Reads committed records only and waits 50 ms, not 1,500 ms, for more.
+    Reads committed records only, waits 50 ms, not 1,500 ms, for more, and is let in as all our clients are.
 ``AIOKafkaConsumerThread._stopped_set``
     Lets a worker that failed stop without a second failure.
 ``App._new_transport``, ``App._create_directories``
     Use the above, and leave nothing on disk.
+``App.BootStrategy``
+    Starts no producer: what is published goes through our own.
 
 The contract tests (tests/contract/test_faust_contract.py) hold each of these against the installed Faust.
 """
@@ -39,12 +41,15 @@ import faust
 from aiokafka import TopicPartition
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import ConsumerStoppedError, KafkaError
+from aiokafka.protocol.commit import OffsetFetchRequest
+from faust.app.base import BootStrategy
 from faust.serializers.schemas import Schema
 from faust.transport.drivers import aiokafka as faust_aiokafka
 from faust.types import TP
 from faust.types.tuples import ConsumerMessage
 from mode.supervisors import CrashingSupervisor
 
+from stream_app.adapters.kafka_security import PLAINTEXT, Security, told
 from stream_app.errors import StartRefused, StoreUnavailable
 
 __all__ = ["Log", "Partitions", "Slice", "build_faust_app", "check_faust_version"]
@@ -61,7 +66,11 @@ FETCH_MAX_WAIT_MS: Final = 50
 #: How long one look for records may last. A partition that wants records again waits at most this long.
 FETCH_LOOK_S: Final = 0.05
 COMMIT_INTERVAL_S: Final = 1.0
+#: A partition that is added to the topic moves users: how long that may go unnoticed.
+METADATA_MAX_AGE_S: Final = 5.0
 ANSWER_TIMEOUT_S: Final = 15.0
+#: How often it is looked whether the group has refused this member for good.
+LOOK_S: Final = 0.5
 
 T = TypeVar("T")
 
@@ -157,6 +166,7 @@ class SliceConsumerThread(faust_aiokafka.AIOKafkaConsumerThread):
             heartbeat_interval_ms=int(conf.broker_heartbeat_interval * 1000.0),
             isolation_level="read_committed",
             metadata_max_age_ms=conf.consumer_metadata_max_age_ms,
+            **cast(SliceApp, self.app).security,
         )
 
     def _stopped_set(self) -> None:
@@ -230,10 +240,24 @@ class SliceConsumerThread(faust_aiokafka.AIOKafkaConsumerThread):
         offset: int | None = await self._ensure_consumer().committed(tp)
         return offset
 
-    def coordinator_is_alive(self) -> bool:
-        """Say whether a coordinator is known and somebody keeps in touch with it."""
+    def coordinator_refusal(self) -> BaseException | None:
+        """Return why the group will never have this member; aiokafka tells only who asks it for records."""
+        coordinator = getattr(self._consumer, "_coordinator", None)
+        return None if coordinator is None else coordinator._pending_exception
+
+    async def coordinator_answers_here(self, tp: TopicPartition) -> bool:
+        """Say whether somebody keeps in touch with the group's coordinator, and whether that answers.
+
+        Asked is what changes nothing in the group, and not over the connection on which the coordinator lets
+        a member wait that joins.
+        """
         coordinator = self._ensure_consumer()._coordinator
-        return not coordinator._coordination_task.done() and coordinator.coordinator_id is not None
+        node = coordinator.coordinator_id
+        if coordinator._coordination_task.done() or node is None:
+            return False
+        question = OffsetFetchRequest(coordinator.group_id, [(tp.topic, [tp.partition])])
+        await coordinator._client.send(node, question)
+        return True
 
 
 class _NothingRead(dict[TP, int | None]):
@@ -340,10 +364,18 @@ class SliceTransport(faust_aiokafka.Transport):
     Consumer = SliceConsumer
 
 
+class ConsumerOnly(BootStrategy):
+    """Starts no producer of Faust's: nothing is sent through it, and it knows no credentials."""
+
+    enable_kafka_producer = False
+
+
 class SliceApp(faust.App):
     """A Faust application whose transport is `SliceTransport`."""
 
     partitions: Partitions
+    security: Security
+    BootStrategy = ConsumerOnly
 
     def _new_transport(self) -> SliceTransport:
         return SliceTransport(self.conf.broker_consumer, self)
@@ -394,13 +426,26 @@ class Log:
         """Tell Kafka now how far the partitions are processed."""
         await self._consumer.commit()
 
-    def is_alive(self) -> bool:
-        """Say whether the group coordinator is known and in touch."""
-        return bool(self._consumer._thread.coordinator_is_alive())
+    async def coordinator_answers(self) -> bool:
+        """Say whether the group coordinator is known and answers."""
+        thread = self._consumer._thread
+        try:
+            return bool(await self._ask(thread.coordinator_answers_here(TopicPartition(self._topic, 0))))
+        except StoreUnavailable:
+            return False
 
     async def crashed(self) -> BaseException:
-        """Wait until Faust has crashed, and return why."""
-        await self._app._crashed.wait()
+        """Wait until Faust has crashed, or the group will never have this member, and return why."""
+        crash = asyncio.ensure_future(self._app._crashed.wait())
+        try:
+            while not crash.done():
+                await asyncio.wait({crash}, timeout=LOOK_S)
+                thread = getattr(self._app._consumer, "_thread", None)
+                refusal: BaseException | None = thread.coordinator_refusal() if thread is not None else None
+                if refusal is not None:
+                    return refusal
+        finally:
+            crash.cancel()
         reason: BaseException = self._app.crash_reason or RuntimeError("Faust crashed and does not say why")
         return reason
 
@@ -412,7 +457,7 @@ class Log:
         try:
             return await asyncio.wait_for(self._consumer.in_thread(question), ANSWER_TIMEOUT_S)
         except (KafkaError, TimeoutError) as exc:
-            raise StoreUnavailable("Kafka, consumer group", f"{type(exc).__name__}: {exc}") from exc
+            raise told(exc, "Kafka, consumer group") from exc
 
 
 def cut(partition: int, start: int, end: int, records: Iterable[Any]) -> list[Slice]:
@@ -448,6 +493,7 @@ def build_faust_app(
     events_topic: str,
     session_timeout_s: float,
     partitions: Partitions,
+    security: Security = PLAINTEXT,
 ) -> SliceApp:
     """Build the Faust application: one agent that hands slices to `partitions`. Connects to nothing.
 
@@ -471,9 +517,11 @@ def build_faust_app(
         broker_session_timeout=session_timeout_s,
         broker_heartbeat_interval=session_timeout_s / 3.0,
         broker_request_timeout=max(40.0, session_timeout_s),
+        consumer_metadata_max_age_ms=round(METADATA_MAX_AGE_S * 1000),
         agent_supervisor=CrashingSupervisor,
     )
     app.partitions = partitions
+    app.security = security
     topic = app.topic(events_topic, schema=_PassThrough(), internal=False)
 
     @app.agent(topic, concurrency=1, name="slices")

@@ -113,6 +113,7 @@ def demo(
     Needs the extras "embedded" and "sample" (`make venv` installs both).
     """
     from stream_app.embedded import embedded_kafka, embedded_redis
+    from stream_app.settings import unlocking_environment
 
     settings = read_settings(config, segments)
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -120,6 +121,7 @@ def demo(
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
     with embedded_kafka() as kafka, embedded_redis() as redis:
         overrides = {
+            **unlocking_environment(settings),
             "STREAM_APP__KAFKA__BOOTSTRAP_SERVERS": kafka.address,
             "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": str(SESSION_TIMEOUT_S),
             "STREAM_APP__REDIS__URL": f"redis://{redis.address}/0",
@@ -129,8 +131,8 @@ def demo(
         }
         here = settings.model_copy(
             update={
-                "kafka": settings.kafka.model_copy(update={"bootstrap_servers": kafka.address}),
-                "redis": settings.redis.model_copy(update={"url": overrides["STREAM_APP__REDIS__URL"]}),
+                "kafka": settings.kafka.unlocked(kafka.address),
+                "redis": settings.redis.unlocked(overrides["STREAM_APP__REDIS__URL"]),
                 "worker": settings.worker.model_copy(update={"clock": "event", "trust_create_time": True}),
             }
         )
@@ -262,7 +264,8 @@ async def _listen(settings: Settings, board: Board) -> None:
 
 async def _watch(settings: Settings, board: Board) -> None:
     """Follow what Redis says of the worker's progress."""
-    from stream_app.adapters.profile_store import ProfileStore, connect
+    from stream_app.adapters.profile_store import ProfileStore
+    from stream_app.adapters.redis_client import connect
     from stream_app.lookup import AsyncLookup
 
     store = ProfileStore(connect(settings.redis.url), "demo")

@@ -49,7 +49,8 @@ def doctor(as_json: bool, config: Path | None, segments: Path | None) -> int:
 async def _examine(settings: Settings) -> list[Finding]:
     from stream_app.adapters.checks import Finding, check_kafka, check_redis
     from stream_app.adapters.kafka_admin import KafkaAdmin
-    from stream_app.adapters.profile_store import connect
+    from stream_app.adapters.kafka_security import security_of
+    from stream_app.adapters.redis_client import connect
     from stream_app.adapters.topics import check_limits
     from stream_app.adapters.transport import check_faust_version
     from stream_app.settings import faust_environment_problems
@@ -64,7 +65,7 @@ async def _examine(settings: Settings) -> list[Finding]:
     except StreamAppError as exc:
         findings.append(_failed("Faust", exc))
     redis_is_up = kafka_is_up = False
-    client = connect(settings.redis.url)
+    client = connect(settings.redis.connection_url, cluster=settings.redis.cluster)
     try:
         try:
             findings += await check_redis(client, settings.redis.redacted_url)
@@ -72,7 +73,8 @@ async def _examine(settings: Settings) -> list[Finding]:
         except StreamAppError as exc:
             findings.append(_failed("Redis", exc))
         try:
-            async with KafkaAdmin(settings.kafka.bootstrap_servers) as admin:
+            security = security_of(settings.kafka)
+            async with KafkaAdmin(settings.kafka.bootstrap_servers, security=security) as admin:
                 found, facts = await check_kafka(admin, settings)
                 findings += found
                 findings += check_limits(settings.kafka, await admin.topic_configs(settings.kafka.topics))
@@ -88,13 +90,17 @@ async def _examine(settings: Settings) -> list[Finding]:
 
 async def _examine_partitions(settings: Settings, client: object, partitions: int) -> list[Finding]:
     from stream_app.adapters.checks import Finding
+    from stream_app.adapters.kafka_security import security_of
     from stream_app.adapters.log_ends import LogProbe
     from stream_app.adapters.partitioner import partition_of
     from stream_app.adapters.profile_store import ProfileStore
 
     store = ProfileStore(client, "doctor")  # type: ignore[arg-type]
     probe = LogProbe(
-        settings.kafka.bootstrap_servers, settings.kafka.events_topic, lambda: time.time_ns() // 1_000_000
+        settings.kafka.bootstrap_servers,
+        settings.kafka.events_topic,
+        lambda: time.time_ns() // 1_000_000,
+        security=security_of(settings.kafka),
     )
     findings = []
     await probe.start()

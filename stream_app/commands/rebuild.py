@@ -62,10 +62,12 @@ def rebuild(yes: bool, model: bool, config: Path | None, segments: Path | None) 
 
 async def _survey(settings: Settings) -> tuple[int, str]:
     from stream_app.adapters.kafka_admin import KafkaAdmin
+    from stream_app.adapters.kafka_security import security_of
     from stream_app.adapters.log_ends import LogProbe
 
     kafka = settings.kafka
-    async with KafkaAdmin(kafka.bootstrap_servers) as admin:
+    security = security_of(kafka)
+    async with KafkaAdmin(kafka.bootstrap_servers, security=security) as admin:
         # A worker that was killed counts as a member until its session has timed out.
         deadline_s = time.monotonic() + kafka.session_timeout_s + PATIENCE_S
         while members := await admin.group_member_count(kafka.group_id):
@@ -79,7 +81,9 @@ async def _survey(settings: Settings) -> tuple[int, str]:
             await asyncio.sleep(LOOK_EVERY_S)
         partitions = await admin.partition_count(kafka.events_topic)
         config = (await admin.topic_configs([kafka.events_topic])).get(kafka.events_topic, {})
-    probe = LogProbe(kafka.bootstrap_servers, kafka.events_topic, lambda: time.time_ns() // 1_000_000)
+    probe = LogProbe(
+        kafka.bootstrap_servers, kafka.events_topic, lambda: time.time_ns() // 1_000_000, security=security
+    )
     await probe.start()
     try:
         ends = await probe.all_ends(partitions)
@@ -94,10 +98,10 @@ async def _survey(settings: Settings) -> tuple[int, str]:
 
 
 async def _forget_model(settings: Settings, partitions: int) -> int:
-    from stream_app.adapters.profile_store import connect
     from stream_app.adapters.rebuild import forget_model
+    from stream_app.adapters.redis_client import connect
 
-    client = connect(settings.redis.url)
+    client = connect(settings.redis.connection_url, cluster=settings.redis.cluster)
     try:
         return await forget_model(client, partitions)
     finally:
@@ -105,10 +109,10 @@ async def _forget_model(settings: Settings, partitions: int) -> int:
 
 
 async def _forget(settings: Settings, partitions: int) -> int:
-    from stream_app.adapters.profile_store import connect
     from stream_app.adapters.rebuild import forget_everything
+    from stream_app.adapters.redis_client import connect
 
-    client = connect(settings.redis.url)
+    client = connect(settings.redis.connection_url, cluster=settings.redis.cluster)
     shown = bar if click.get_text_stream("stderr").isatty() else lines
     try:
         with shown("rebuild", unit="keys") as move:

@@ -210,16 +210,17 @@ async def send_blocks(
     from stream_app.adapters.event_lines import MAX_LINE_BYTES, InputUnreadable, Keyer
     from stream_app.adapters.event_sender import BATCH_OVERHEAD_BYTES, EventSender
     from stream_app.adapters.kafka_admin import KafkaAdmin
+    from stream_app.adapters.kafka_security import security_of
 
     topic = kafka.events_topic
-    async with KafkaAdmin(kafka.bootstrap_servers) as admin:
+    async with KafkaAdmin(kafka.bootstrap_servers, security=security_of(kafka)) as admin:
         partitions = await admin.partition_count(topic)
         topic_config = (await admin.topic_configs([topic])).get(topic, {})
     limit = int(topic_config.get("max.message.bytes", MAX_LINE_BYTES))
     keyer = Keyer(limit - BATCH_OVERHEAD_BYTES)
     outcome = Outcome(order=keyer.order, refusals=keyer.refusals)
     begin = time.monotonic()
-    sender = EventSender(kafka.bootstrap_servers, topic, partitions, limit)
+    sender = EventSender(kafka.bootstrap_servers, topic, partitions, limit, security=security_of(kafka))
     try:
         async with sender:
             pace = _Pace(sender, rate)

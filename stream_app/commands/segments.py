@@ -95,7 +95,7 @@ def list_(as_json: bool, config: Path | None, segments: Path | None) -> int:
     from stream_app.lookup import Lookup
 
     settings = read_settings(config, segments)
-    with Lookup(settings.redis.url) as lookup:
+    with Lookup(settings.redis.connection_url, cluster=settings.redis.cluster) as lookup:
         counts = {segment.id: lookup.member_count(segment.id) for segment in settings.segments}
         accuracy = lookup.accuracy()
     if as_json:
@@ -160,7 +160,7 @@ def members(
     if segment_id not in {segment.id for segment in settings.segments}:
         known = ", ".join(segment.id for segment in settings.segments)
         raise click.BadParameter(f"expected one of {known}, got {segment_id!r}", param_hint="ID")
-    with Lookup(settings.redis.url) as lookup:
+    with Lookup(settings.redis.connection_url, cluster=settings.redis.cluster) as lookup:
         found = islice(lookup.members(segment_id), limit)
         rows = [(m.user_id, None if m.exits_at_ms is None else rfc_3339(m.exits_at_ms)) for m in found]
     if as_json:

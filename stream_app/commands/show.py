@@ -66,7 +66,7 @@ def show(user: str, as_json: bool, config: Path | None, segments: Path | None) -
     from stream_app.lookup import Lookup
 
     settings = read_settings(config, segments)
-    with Lookup(settings.redis.url) as lookup:
+    with Lookup(settings.redis.connection_url, cluster=settings.redis.cluster) as lookup:
         view, meta = lookup.user(user), lookup.meta()
     if view is None:
         if as_json:
@@ -90,10 +90,10 @@ def show(user: str, as_json: bool, config: Path | None, segments: Path | None) -
 async def _why(settings: Settings, view: UserView, meta: Meta) -> _Why:
     """Ask the model, as it was last written down, why it recommends what it does."""
     from stream_app.adapters.learning import read_model
-    from stream_app.adapters.profile_store import connect
+    from stream_app.adapters.redis_client import connect
     from stream_app.core.model import History
 
-    client = connect(settings.redis.url)
+    client = connect(settings.redis.connection_url, cluster=settings.redis.cluster)
     try:
         model = await read_model(client, meta.weights, meta.partitions)
     finally:

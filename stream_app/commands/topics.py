@@ -66,11 +66,12 @@ async def _topics(
 ) -> tuple[list[dict[str, str | int | None]], list[Finding]]:
     from stream_app.adapters.checks import check_kafka
     from stream_app.adapters.kafka_admin import KafkaAdmin
+    from stream_app.adapters.kafka_security import security_of
     from stream_app.adapters.topics import check_limits, check_partitions
 
     kafka = settings.kafka
     created = await create_missing_topics(kafka, partitions)
-    async with KafkaAdmin(kafka.bootstrap_servers) as admin:
+    async with KafkaAdmin(kafka.bootstrap_servers, security=security_of(kafka)) as admin:
         counts = await admin.partition_counts()
         configs = await admin.topic_configs(kafka.topics)
         findings, _ = await check_kafka(admin, settings)
@@ -107,9 +108,10 @@ async def create_missing_topics(kafka: KafkaSettings, partitions: int | None) ->
         The names of those that were missing.
     """
     from stream_app.adapters.kafka_admin import KafkaAdmin
+    from stream_app.adapters.kafka_security import security_of
     from stream_app.adapters.topics import DEFAULT_PARTITIONS, wanted_topics
 
-    async with KafkaAdmin(kafka.bootstrap_servers) as admin:
+    async with KafkaAdmin(kafka.bootstrap_servers, security=security_of(kafka)) as admin:
         before = await admin.partition_counts()
         wanted = wanted_topics(kafka, partitions or before.get(kafka.events_topic) or DEFAULT_PARTITIONS)
         return await admin.create_topics([spec for spec in wanted if spec.name not in before])

@@ -5,8 +5,11 @@ They decide how to wait for Redis and what its failures are called; `questions` 
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
@@ -15,9 +18,11 @@ import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry
 
+from stream_app.adapters.redis_client import connect
+from stream_app.adapters.redis_security import refusal
 from stream_app.errors import StoreUnavailable
 from stream_app.lookup import questions
 from stream_app.lookup.answers import (
@@ -50,31 +55,40 @@ class Lookup:
     Parameters
     ----------
     url : str
-        Redis or Valkey, as in ``redis.url``; a replica will do, and lags. Not Redis Cluster.
+        Redis or Valkey, as in ``redis.url``; a replica will do, and lags.
     timeout_s : float
         How long one answer of Redis may take, seconds.
+    cluster : bool
+        Whether `url` names a node of a Redis Cluster.
 
     Raises
     ------
     StoreUnavailable
         From every method, if Redis does not answer.
     StartRefused
-        From every method, if no worker has ever written to this Redis, or one of another schema, or if a
-        stored value cannot be read.
+        From every method, if no worker has ever written to this Redis, or one of another schema, if a stored
+        value cannot be read, or if Redis does not let this user in or cannot be trusted.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
-        # redis-py types every reply as a union of all that any client might return.
-        self._redis: Any = redis.Redis.from_pool(
-            redis.BlockingConnectionPool.from_url(
-                url,
-                max_connections=CONNECTIONS,
-                timeout=timeout_s,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), REPEATS, REPEATED_ON),
-            )
-        )
+    def __init__(self, url: str, *, timeout_s: float = 5.0, cluster: bool = False) -> None:
+        options: dict[str, Any] = {
+            "max_connections": CONNECTIONS,
+            "timeout": timeout_s,
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "retry": Retry(NoBackoff(), REPEATS, REPEATED_ON),
+        }
+        pool = redis.BlockingConnectionPool
+
+        def opened() -> Any:
+            # redis-py types every reply as a union of all that any client might return.
+            if cluster:
+                return redis.RedisCluster.from_url(url, connection_pool_class=pool, **options)
+            return redis.Redis.from_pool(pool.from_url(url, **options))
+
+        self._open = opened
+        self._opening = threading.Lock()
+        self._redis: Any = None
         self._known: Known | None = None
 
     def __enter__(self) -> Self:
@@ -85,7 +99,8 @@ class Lookup:
 
     def close(self) -> None:
         """Close the connections."""
-        self._redis.close()
+        if self._redis is not None:
+            self._redis.close()
 
     def meta(self) -> Meta:
         """Return what the stored state belongs to; read once."""
@@ -149,13 +164,19 @@ class Lookup:
             commands = next(talk)
             while True:
                 with _readable():
-                    replies = _piped(self._redis, commands).execute(raise_on_error=False)
+                    replies = _piped(self._client(), commands).execute(raise_on_error=False)
                     _raise_first(replies)
                 commands = talk.send(replies)
         except StopIteration as done:
             answer: T
             self._known, answer = done.value
             return answer
+
+    def _client(self) -> Any:
+        with self._opening:  # a Cluster is asked for its slot map when its client is made
+            if self._redis is None:
+                self._redis = self._open()
+            return self._redis
 
 
 class AsyncLookup:
@@ -164,17 +185,23 @@ class AsyncLookup:
     Parameters, answers and errors are those of `Lookup`.
     """
 
-    def __init__(self, url: str, *, timeout_s: float = 5.0) -> None:
-        self._redis: Any = aioredis.Redis.from_pool(
-            aioredis.BlockingConnectionPool.from_url(
-                url,
-                max_connections=CONNECTIONS,
-                timeout=timeout_s,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=AsyncRetry(NoBackoff(), REPEATS, REPEATED_ON),
+    def __init__(self, url: str, *, timeout_s: float = 5.0, cluster: bool = False) -> None:
+        self._redis: Any
+        if cluster:
+            self._redis = connect(url, cluster=True, timeout_s=timeout_s)
+        else:
+            self._redis = aioredis.Redis.from_pool(
+                aioredis.BlockingConnectionPool.from_url(
+                    url,
+                    max_connections=CONNECTIONS,
+                    timeout=timeout_s,
+                    socket_timeout=timeout_s,
+                    socket_connect_timeout=timeout_s,
+                    retry=AsyncRetry(NoBackoff(), REPEATS, REPEATED_ON),
+                )
             )
-        )
+        #: What the pool of one server does by itself, a Cluster's client leaves to its caller.
+        self._cluster = asyncio.Semaphore(CONNECTIONS) if cluster else None
         self._known: Known | None = None
 
     async def __aenter__(self) -> Self:
@@ -239,13 +266,27 @@ class AsyncLookup:
             commands = next(talk)
             while True:
                 with _readable():
-                    replies = await _piped(self._redis, commands).execute(raise_on_error=False)
+                    replies = await self._replies(commands)
                     _raise_first(replies)
                 commands = talk.send(replies)
         except StopIteration as done:
             answer: T
             self._known, answer = done.value
             return answer
+
+    async def _replies(self, commands: Sequence[Command]) -> list[Any]:
+        replies: list[Any]
+        if self._cluster is None:
+            replies = await _piped(self._redis, commands).execute(raise_on_error=False)
+            return replies
+        async with self._cluster:
+            for _ in range(REPEATS):
+                with suppress(*REPEATED_ON):
+                    replies = await _piped(self._redis, commands).execute(raise_on_error=False)
+                    if not any(isinstance(reply, REPEATED_ON) for reply in replies):
+                        return replies
+            replies = await _piped(self._redis, commands).execute(raise_on_error=False)
+            return replies
 
 
 def _when(now: int | datetime | None = None) -> Instant:
@@ -271,5 +312,6 @@ class _readable:  # noqa: N801 - reads as a phrase at its `with`
         return None
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, RedisError | OSError):
-            raise StoreUnavailable("Redis, look-up", f"{type(exc).__name__}: {exc}") from exc
+        if isinstance(exc, RedisError | RedisClusterException | OSError):
+            failure = StoreUnavailable("Redis, look-up", f"{type(exc).__name__}: {exc}")
+            raise refusal(exc, "Redis, look-up") or failure from exc

@@ -70,6 +70,7 @@ def test_the_internals_that_the_thread_reads_are_there() -> None:
     assert parameters(SubscriptionState.fetch_context) == ["self"]
     assert "_update_position" in dir(FetchResult)
     assert "_coordination_task" in inspect.getsource(GroupCoordinator.__init__)
+    assert "self._pending_exception = exc" in inspect.getsource(GroupCoordinator._push_error_to_user)
     constructor = inspect.signature(AIOKafkaConsumer.__init__).parameters
     for name in ("fetch_max_wait_ms", "isolation_level", "rebalance_timeout_ms", "max_poll_interval_ms"):
         assert name in constructor
@@ -249,6 +250,13 @@ async def test_committed_offsets_follow_within_seconds(run: Callable[..., Any]) 
         return bool(await running.log.committed(0) == 20_000)
 
     await until(committed, 5.0)
+
+
+async def test_no_producer_of_fausts_own_is_started(run: Callable[..., Any]) -> None:
+    running = await run(1)
+    await until(lambda: running.partitions.slices)
+    assert running.app.producer._producer is None
+    assert not running.app.producer.started
 
 
 async def test_what_is_acknowledged_but_not_reported_as_processed_is_not_committed(

@@ -500,7 +500,7 @@ async def test_wrong_credentials_stop_the_worker(redis_server: Callable[..., Ser
     server = redis_server("--requirepass", "r1ght-one")
     client = connect(f"redis://:wr0ng-one@{server.address}/0")
     store = ModelStore(client, "worker-a")
-    with pytest.raises(StartRefused, match=r"Check the user, password and ACL behind redis\.url") as error:
+    with pytest.raises(StartRefused, match="expected to be let in") as error:
         await store.heads([0])
     await client.aclose()
     assert "wr0ng" not in str(error.value)

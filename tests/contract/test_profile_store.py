@@ -1,4 +1,8 @@
-"""What the two Lua scripts and their callers promise, held against a real Redis or Valkey."""
+"""What the two Lua scripts and their callers promise, held against a real Redis or Valkey.
+
+The same promises are held against the Redis in memory on which the simulation runs (tests/simulation): what
+the simulation says of the commit protocol is as good as that one is like the real one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,6 +33,7 @@ from stream_app.adapters.profile_store import (
     connect,
     keys,
 )
+from stream_app.adapters.redis_client import NEVER
 from stream_app.core.decay import NEVER_MS, Weights
 from stream_app.core.event import Event
 from stream_app.core.fold import Fold
@@ -39,6 +44,7 @@ from stream_app.embedded import Server
 from stream_app.embedded.servers import free_port
 from stream_app.errors import CommitMismatch, Fenced, StartRefused, StateLost, StoreUnavailable
 from tests.backends import redis_url_of
+from tests.simulation.memory_redis import MemoryClient, MemoryRedis
 
 WEIGHTS = Weights(half_life_s=3600.0)
 IDENTITY = Identity("cluster-1", "events", 4, "stream-app", "wall", WEIGHTS.fingerprint())
@@ -72,23 +78,68 @@ Content = dict[str, tuple[object, int]]
 Writer = Callable[[ProfileStore], Awaitable[object]]
 
 
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """One kind of Redis: clients for the store, and an ordinary one to look at what the store wrote."""
+
+    connect: Callable[[], Any]
+    raw: Any
+
+
+@contextlib.contextmanager
+def server_flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
+    url = request.getfixturevalue("fresh_redis")
+    with redis.Redis.from_url(url) as client:
+        yield Flavour(lambda: connect(url), client)
+
+
+@contextlib.contextmanager
+def memory_flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
+    server = MemoryRedis(lambda: time.time_ns() // 1_000_000)
+    yield Flavour(lambda: MemoryClient(server), server)
+
+
+@contextlib.contextmanager
+def cluster_flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
+    url = request.getfixturevalue("redis_masters").url
+    with AllMasters.from_url(url) as client:
+        client.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
+        yield Flavour(lambda: connect(url, cluster=True), client)
+
+
+class AllMasters(redis.RedisCluster):
+    """An ordinary client of a Cluster, of which a question without a key is one to all masters."""
+
+    def keys(self, pattern: Any = "*", **kwargs: Any) -> Any:
+        return super().keys(pattern, target_nodes=self.PRIMARIES)
+
+
+FLAVOURS = {"server": server_flavour, "memory": memory_flavour, "cluster": cluster_flavour}
+
+
+@pytest.fixture(params=FLAVOURS)
+def redis_flavour(request: pytest.FixtureRequest) -> Iterator[Flavour]:
+    """The kinds of Redis that the whole suite runs on; tests that name a server run on that alone."""
+    with FLAVOURS[request.param](request) as flavour:
+        yield flavour
+
+
 @pytest.fixture
-def raw(fresh_redis: str) -> Iterator[Any]:
+def raw(redis_flavour: Flavour) -> Any:
     """An ordinary client of the same Redis, to look at what the store wrote."""
-    with redis.Redis.from_url(fresh_redis) as client:
-        yield client
+    return redis_flavour.raw
 
 
 @pytest.fixture
-async def store(fresh_redis: str) -> AsyncIterator[ProfileStore]:
-    made = ProfileStore(connect(fresh_redis), "worker-a")
+async def store(redis_flavour: Flavour) -> AsyncIterator[ProfileStore]:
+    made = ProfileStore(redis_flavour.connect(), "worker-a")
     yield made
     await made.close()
 
 
 @pytest.fixture
-async def rival(fresh_redis: str) -> AsyncIterator[ProfileStore]:
-    made = ProfileStore(connect(fresh_redis), "worker-b")
+async def rival(redis_flavour: Flavour) -> AsyncIterator[ProfileStore]:
+    made = ProfileStore(redis_flavour.connect(), "worker-b")
     yield made
     await made.close()
 
@@ -551,6 +602,8 @@ async def test_an_outbox_of_many_pages_is_read_to_its_end_in_order(
     pages = [page async for page in store.outbox(0)]
     assert max(map(len, pages)) == OUTBOX_PAGE
     assert [message for page in pages for message in page] == messages
+    assert [page async for page in store.outbox(0, 11)] == pages
+    assert [page async for page in store.outbox(0, 10)] == []
 
 
 async def test_five_hundred_profiles_in_several_segments_fit_into_one_commit(
@@ -669,7 +722,7 @@ async def keys_of_a_full_commit(
     ask = store._redis.evalsha
 
     async def evalsha(sha: str, numkeys: int, *rest: Any) -> Any:
-        told.extend(rest[:numkeys])
+        told.extend(key for key in rest[:numkeys] if not key.endswith(NEVER))
         return await ask(sha, numkeys, *rest)
 
     monkeypatch.setattr(store._redis, "evalsha", evalsha)
@@ -850,10 +903,13 @@ async def cut_off(url: str) -> AsyncIterator[tuple[Cut, str]]:
 
 
 @pytest.mark.parametrize("made", [True, False], ids=["after the write", "before the write"])
-async def test_a_commit_whose_connection_is_cut_is_never_repeated(
-    fresh_redis: str, raw: Any, made: bool
-) -> None:
-    async with cut_off(fresh_redis) as (cut, url):
+async def test_a_commit_whose_connection_is_cut_is_never_repeated(fresh_redis: str, made: bool) -> None:
+    with redis.Redis.from_url(fresh_redis) as client:
+        await cut_a_commit(fresh_redis, client, made)
+
+
+async def cut_a_commit(url: str, raw: Any, made: bool) -> None:
+    async with cut_off(url) as (cut, url):
         store = ProfileStore(connect(url), "worker-a")
         try:
             await claim(store)
@@ -908,7 +964,7 @@ async def test_wrong_credentials_stop_the_worker_without_showing_them(
 ) -> None:
     server = redis_server("--requirepass", "r1ght-one")
     store = ProfileStore(connect(url.format(server.address)), "worker-a")
-    with pytest.raises(StartRefused, match=r"Check the user, password and ACL behind redis\.url") as refused:
+    with pytest.raises(StartRefused, match="expected to be let in") as refused:
         await claim(store)
     await store.close()
     assert "wr0ng" not in str(refused.value)
@@ -920,3 +976,25 @@ async def test_a_command_that_the_acl_forbids_stops_the_worker(redis_server: Cal
     with pytest.raises(StartRefused, match=r"a user who may use sa:\* and the commands of this service"):
         await claim(store)
     await store.close()
+
+
+@pytest.mark.parametrize("command", ["set", "del", "zadd", "zrem", "zrange", "xadd", "hset", "hkeys", "hdel"])
+async def test_a_command_that_the_acl_forbids_inside_a_commit_leaves_nothing_half_made(
+    redis_server: Callable[..., Server], command: str
+) -> None:
+    server = redis_server("--user", "app", "on", ">app", "~sa:*", "+@all")
+    store = ProfileStore(connect(f"redis://app:app@{server.address}/0"), "worker-a")
+    with redis.Redis.from_url(f"redis://{server.address}/0") as raw:
+        try:
+            await claim(store)
+            before = content(raw)
+            raw.acl_setuser("app", commands=[f"-{command}"], enabled=True)
+            one = Commit({"u1": member("u1", {"tea": T0})}, {}, {}, [b"m"], 1, T0, definitions="other")
+            with pytest.raises(StartRefused, match=f"Redis, commit.*no permissions to run the '{command}'"):
+                await store.commit(0, 1, 1, one)
+            assert content(raw) == before
+            raw.acl_setuser("app", commands=[f"+{command}"], enabled=True)
+            await store.commit(0, 1, 1, one)
+            assert content(raw) != before
+        finally:
+            await store.close()

@@ -46,6 +46,13 @@ class Case:
     segments: Sequence[Mapping[str, Any]]
     weights: Mapping[str, Any]
     clock: Clock
+    #: Whether `redis_url` names a node of a Redis Cluster.
+    cluster: bool = False
+
+    def open_redis(self, **options: Any) -> Any:
+        """Open an ordinary client of its Redis."""
+        kind: Any = redis.RedisCluster if self.cluster else redis.Redis
+        return kind.from_url(self.redis_url, **options)
 
 
 @dataclass(slots=True)
@@ -97,7 +104,7 @@ def prove(case: Case, until_ms: int | None = None) -> Proof:
     proof = Proof(events=len(log))
     valid = {(p, record.offset) for p, records in partitions.items() for record in records}
     bad = {(record.partition, record.offset) for record in log} - valid
-    _compare_dead_letters(proof, bad, asyncio.run(read_to_end(case.kafka, names.dead_letter)))
+    compare_dead_letters(proof, bad, asyncio.run(read_to_end(case.kafka, names.dead_letter)))
     expected: list[OracleTransition] = []
     profiles: dict[int, dict[str, OracleProfile]] = {}
     stream_times: dict[int, int] = {}
@@ -106,9 +113,10 @@ def prove(case: Case, until_ms: int | None = None) -> Proof:
         profiles[partition] = verdict.profiles
         assert verdict.stream_time_ms is not None
         stream_times[partition] = verdict.stream_time_ms
-    _compare_transitions(proof, names, expected, said)
+    compare_transitions(proof, names, expected, said)
     at_ms = {p: max(s, until_ms or s) for p, s in stream_times.items()}
-    _compare_state(proof, case, profiles, stream_times, at_ms)
+    with case.open_redis() as client, Lookup(case.redis_url, cluster=case.cluster) as lookup:
+        compare_state(proof, client, lookup.meta().weights, profiles, stream_times, at_ms)
     return proof
 
 
@@ -131,7 +139,7 @@ def _verdicts(
     return verdicts
 
 
-def _compare_dead_letters(proof: Proof, bad: set[tuple[int, int]], said: Iterable[Any]) -> None:
+def compare_dead_letters(proof: Proof, bad: set[tuple[int, int]], said: Iterable[Any]) -> None:
     """Every bad record must be set aside, nothing else may be; the same one again is a repeat."""
     seen: set[tuple[int, int]] = set()
     for letter in said:
@@ -144,9 +152,10 @@ def _compare_dead_letters(proof: Proof, bad: set[tuple[int, int]], said: Iterabl
     proof.extra += [f"dead letter of {place}" for place in sorted(seen - bad)]
 
 
-def _compare_transitions(
+def compare_transitions(
     proof: Proof, names: Names, expected: list[OracleTransition], said: Iterable[Any]
 ) -> None:
+    """Compare what consumers of the two topics read with what the oracle says, and their order."""
     messages: dict[str, dict[str, Any]] = {}
     latest: dict[tuple[str, str, str], tuple[int, int]] = {}
     for record in said:
@@ -216,46 +225,44 @@ def _same_instant(got_ms: int | None, expected_ms: int | None) -> bool:
     return abs(got_ms - expected_ms) <= 1
 
 
-def _compare_state(
+def compare_state(
     proof: Proof,
-    case: Case,
+    client: Any,
+    weights: Weights,
     profiles: Mapping[int, Mapping[str, OracleProfile]],
     stream_times: Mapping[int, int],
     at_ms: Mapping[int, int],
 ) -> None:
-    with redis.Redis.from_url(case.redis_url) as raw, Lookup(case.redis_url) as lookup:
-        client: Any = raw
-        weights = lookup.meta().weights
-        for partition, users in profiles.items():
-            prefix = f"sa:{{{partition}}}:"
-            if int(client.hget(f"{prefix}wm", "stream_time_ms")) != stream_times[partition]:
-                proof.state.append(f"{prefix}wm: stream time is not {stream_times[partition]}")
-            if client.xlen(f"{prefix}outbox"):
-                proof.state.append(f"{prefix}outbox is not empty")
-            due = {
-                user.decode(): int(score)
-                for user, score in client.zrange(f"{prefix}due", 0, -1, withscores=True)
-            }
-            members: dict[str, dict[str, int | None]] = {}
-            for key in client.scan_iter(match=f"{prefix}members:*"):
-                segment = key.decode().removeprefix(f"{prefix}members:")
-                for user, score in client.zrange(key, 0, -1, withscores=True):
-                    exits_at = None if score >= NEVER_MS else int(score)
-                    members.setdefault(user.decode(), {})[segment] = exits_at
-            for user_id, expected in users.items():
-                blob = client.get(f"{prefix}profile:{user_id}")
-                held = members.pop(user_id, {})
-                proof.state += _profile_differences(
-                    f"{prefix}profile:{user_id}",
-                    expected,
-                    blob,
-                    held,
-                    due.pop(user_id, None),
-                    weights,
-                    at_ms[partition],
-                )
-            proof.state += [f"{prefix}members: {user_id} is unknown to the oracle" for user_id in members]
-            proof.state += [f"{prefix}due: {user_id} is unknown to the oracle" for user_id in due]
+    """Compare profiles, member index, due index, stream time and outbox with the oracle's, by partition."""
+    for partition, users in profiles.items():
+        prefix = f"sa:{{{partition}}}:"
+        if int(client.hget(f"{prefix}wm", "stream_time_ms")) != stream_times[partition]:
+            proof.state.append(f"{prefix}wm: stream time is not {stream_times[partition]}")
+        if client.xlen(f"{prefix}outbox"):
+            proof.state.append(f"{prefix}outbox is not empty")
+        due = {
+            user.decode(): int(score) for user, score in client.zrange(f"{prefix}due", 0, -1, withscores=True)
+        }
+        members: dict[str, dict[str, int | None]] = {}
+        for key in client.scan_iter(match=f"{prefix}members:*"):
+            segment = key.decode().removeprefix(f"{prefix}members:")
+            for user, score in client.zrange(key, 0, -1, withscores=True):
+                exits_at = None if score >= NEVER_MS else int(score)
+                members.setdefault(user.decode(), {})[segment] = exits_at
+        for user_id, expected in users.items():
+            blob = client.get(f"{prefix}profile:{user_id}")
+            held = members.pop(user_id, {})
+            proof.state += _profile_differences(
+                f"{prefix}profile:{user_id}",
+                expected,
+                blob,
+                held,
+                due.pop(user_id, None),
+                weights,
+                at_ms[partition],
+            )
+        proof.state += [f"{prefix}members: {user_id} is unknown to the oracle" for user_id in members]
+        proof.state += [f"{prefix}due: {user_id} is unknown to the oracle" for user_id in due]
 
 
 def _profile_differences(

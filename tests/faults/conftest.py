@@ -50,12 +50,11 @@ def stage_on(programs: Programs, tmp_path: Path) -> Callable[..., FaultStage]:
     """
     numbers = count(1)
 
-    def build(kafka: str, redis_url: str, **settings: Any) -> FaultStage:
+    def build(kafka: str, redis_url: str, names: Names | None = None, **settings: Any) -> FaultStage:
         directory = tmp_path / f"stage-{next(numbers)}"
         directory.mkdir()
-        return FaultStage.build(
-            event_clock_case(kafka, redis_url, Names.unique()), programs, directory, **settings
-        )
+        case = event_clock_case(kafka, redis_url, names or Names.unique())
+        return FaultStage.build(case, programs, directory, **settings)
 
     return build
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,7 +39,10 @@ class FaultStage(Stage):
 
     def fill(self, count: int = EVENTS, *, first_seed: int | None = None) -> int:
         """Append the log of a run; returns how many records that are."""
-        records = list(fault_log(seed() if first_seed is None else first_seed, count))
+        return self.append(list(fault_log(seed() if first_seed is None else first_seed, count)))
+
+    def append(self, records: Sequence[tuple[bytes, bytes]]) -> int:
+        """Append some records, (key, value); returns how many."""
         asyncio.run(_send(self.case.kafka, self.case.names.events, records))
         return len(records)
 
@@ -49,7 +52,7 @@ class FaultStage(Stage):
             client.flushall()
 
 
-async def _send(bootstrap: str, topic: str, records: list[tuple[bytes, bytes]]) -> None:
+async def _send(bootstrap: str, topic: str, records: Sequence[tuple[bytes, bytes]]) -> None:
     async with AIOKafkaProducer(bootstrap_servers=bootstrap, acks="all", linger_ms=5) as producer:
         sent = [await producer.send(topic, value, key=key) for key, value in records]
         await asyncio.gather(*sent)

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import redis
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from redis.exceptions import RedisClusterException
 
 from stream_app.embedded import Server
 from tests.backends import Names, kafka_from_environment, kind_of, log_ends
@@ -81,6 +82,7 @@ class Stage:
             "STREAM_APP__KAFKA__BOOTSTRAP_SERVERS": case.kafka,
             "STREAM_APP__KAFKA__SESSION_TIMEOUT_S": str(session_timeout_s()),
             "STREAM_APP__REDIS__URL": case.redis_url,
+            **({"STREAM_APP__REDIS__CLUSTER": "true"} if case.cluster else {}),
             "STREAM_APP__WORKER__CLOCK": case.clock,
             **_variables(settings),
         }
@@ -106,10 +108,15 @@ class Stage:
         *arguments: str,
         kill: tuple[Point, int] | None = None,
         without: Sequence[Switch] = (),
+        stop: tuple[Point, int] | None = None,
+        term: tuple[Point, int] | None = None,
+        clock: Path | None = None,
+        lives: Sequence[Mapping[str, str]] = (),
         **settings: object,
     ) -> Program:
-        """Start a command that kills itself at a point, or lacks a protection: see `tests.faults.faulty`."""
-        environment = {**self.environment, **_variables(settings), **faulty.environment(kill, without)}
+        """Start a command with something wrong about it: see `tests.faults.faulty`."""
+        fault = faulty.environment(kill, without, stop=stop, term=term, clock=clock, lives=lives)
+        environment = {**self.environment, **_variables(settings), **fault}
         return self.programs.start(
             *arguments, *self.options, environment=environment, module="tests.faults.faulty"
         )
@@ -117,17 +124,15 @@ class Stage:
     def wm(self, partition: int) -> dict[str, str]:
         """What Redis holds of a partition's progress; empty if nothing, or if there is no Redis."""
         try:
-            with redis.Redis.from_url(self.case.redis_url, decode_responses=True) as client:
-                raw: Any = client
-                return dict(raw.hgetall(f"sa:{{{partition}}}:wm"))
-        except redis.ConnectionError:
+            with self.case.open_redis(decode_responses=True) as client:
+                return dict(client.hgetall(f"sa:{{{partition}}}:wm"))
+        except (redis.ConnectionError, RedisClusterException):
             return {}
 
     def definitions(self, partition: int) -> str:
         """The segment set that all profiles of a partition have, as stored."""
-        with redis.Redis.from_url(self.case.redis_url, decode_responses=True) as client:
-            raw: Any = client
-            return str(raw.hget(f"sa:{{{partition}}}:definitions", self.wm(partition)["definitions"]))
+        with self.case.open_redis(decode_responses=True) as client:
+            return str(client.hget(f"sa:{{{partition}}}:definitions", self.wm(partition)["definitions"]))
 
     def watermarks(self) -> dict[int, int]:
         """Next offset of each partition, 0 where nobody has claimed it yet."""
@@ -141,8 +146,7 @@ class Stage:
         """Whether all up to `ends` is folded, what is due by stream time has happened, all is published."""
         if self.watermarks() != ends:
             return False
-        with redis.Redis.from_url(self.case.redis_url) as raw:
-            client: Any = raw
+        with self.case.open_redis() as client:
             return not any(
                 client.xlen(f"sa:{{{p}}}:outbox")
                 or client.zcount(f"sa:{{{p}}}:due", "-inf", self.wm(p)["stream_time_ms"])
@@ -180,7 +184,10 @@ def _toml(fields: Mapping[str, Any]) -> str:
 
 
 def _variables(settings: Mapping[str, object]) -> dict[str, str]:
-    return {f"STREAM_APP__{name.upper()}": str(value).lower() for name, value in settings.items()}
+    return {
+        f"STREAM_APP__{name.upper()}": str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in settings.items()
+    }
 
 
 async def send(bootstrap: str, topic: str, events: Iterable[Mapping[str, Any]]) -> int:

@@ -10,7 +10,7 @@ import asyncio
 import json
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ import redis
 from stream_app.cli import main
 from stream_app.core.segment import Segment
 from tests.backends import Kind, Names, read_to_end
+from tests.e2e.proof import Proof
+from tests.faults import faulty
+from tests.faults.faulty import Switch
+from tests.faults.rows import Row
 from tests.oracle import OracleProfile, judge, records_by_partition, transition_id, unix_ms
 from tests.processes import Program, Programs
 
@@ -75,6 +79,14 @@ class Stage:
 
     def run(self, *arguments: str) -> str:
         return self.programs.run(*arguments, *self._options(), environment=self._environment(), timeout_s=90)
+
+    def run_faulty(self, *arguments: str, without: Sequence[Switch]) -> None:
+        """Run a command that lacks a protection: see `tests.faults.faulty`."""
+        environment = {**self._environment(), **faulty.environment(without=without)}
+        program = self.programs.start(
+            *arguments, *self._options(), environment=environment, module=faulty.__name__
+        )
+        assert program.wait(90) == 0, program.log
 
     def here(self, *arguments: str) -> None:
         """Run a command in this process: starting one takes longer than it does."""
@@ -162,19 +174,26 @@ class Stage:
 
 
 @pytest.fixture
-def stage(
-    kafka_bootstrap: str,
-    kafka_kind: Kind,
-    fresh_redis: str,
-    names: Names,
-    programs: Programs,
-    tmp_path: Path,
-) -> Stage:
+def new_stage(
+    kafka_bootstrap: str, kafka_kind: Kind, fresh_redis: str, programs: Programs, tmp_path: Path
+) -> Callable[[], Stage]:
+    """Build a stage with topics of its own; of what an earlier one left in Redis nothing stays."""
     # The embedded broker makes a joining worker wait for it; Apache Kafka accepts no less than 6 s.
     timeout_s = "3" if kafka_kind == "embedded" else "6"
-    made = Stage(programs, names, kafka_bootstrap, fresh_redis, tmp_path, timeout_s)
-    made.here("topics", "--partitions", str(PARTITIONS))
-    return made
+
+    def build() -> Stage:
+        with redis.Redis.from_url(fresh_redis) as client:
+            client.flushdb()
+        made = Stage(programs, Names.unique(), kafka_bootstrap, fresh_redis, tmp_path, timeout_s)
+        made.here("topics", "--partitions", str(PARTITIONS))
+        return made
+
+    return build
+
+
+@pytest.fixture
+def stage(new_stage: Callable[[], Stage]) -> Stage:
+    return new_stage()
 
 
 def made_up(seed: int, users: int, *, first_day: int = 0, days: int = 3) -> list[dict[str, Any]]:
@@ -254,17 +273,24 @@ def as_expected(message: Mapping[str, Any], exits_at_ms: int | None) -> Expected
     )
 
 
-def check_said(said: Messages, expected: Mapping[str, Expected]) -> None:
-    """Fail unless exactly the expected was said; the same message may have been said again."""
+def compared(said: Messages, expected: Mapping[str, Expected]) -> Proof:
+    """Compare what was said with what had to be; the same message may have been said again."""
+    proof = Proof(transitions=len(expected))
     by_id: dict[str, Mapping[str, Any]] = {}
     for message in said:
-        assert by_id.setdefault(message["id"], message) == message, "another content under the same id"
-    assert by_id.keys() - expected.keys() == set(), "said and not expected"
-    assert expected.keys() - by_id.keys() == set(), "expected and not said"
-    for id_, known in by_id.items():
-        assert as_expected(known, expected[id_].exits_at_ms) == expected[id_], known
-        assert known["event"] is None
-        assert known["replayed"] is False
+        if by_id.setdefault(message["id"], message) is message:
+            continue
+        proof.repeats += 1
+        if by_id[message["id"]] != message:
+            proof.wrong.append(f"another content under the same id: {message}")
+    proof.extra += [str(by_id[id_]) for id_ in by_id.keys() - expected.keys()]
+    proof.missing += [str(expected[id_]) for id_ in expected.keys() - by_id.keys()]
+    for id_ in by_id.keys() & expected.keys():
+        found = by_id[id_]
+        as_said = as_expected(found, expected[id_].exits_at_ms)
+        if as_said != expected[id_] or found["event"] is not None or found["replayed"] is not False:
+            proof.wrong.append(str(found))
+    return proof
 
 
 def check_members(stage: Stage, profiles: Profiles) -> None:
@@ -296,8 +322,16 @@ def check_alternating(said: Messages) -> None:
         assert times == sorted(times)
 
 
-def test_everybody_is_brought_under_new_definitions_once_and_told_why(stage: Stage) -> None:
-    stage.send(made_up(seed=1, users=1_500))
+@pytest.mark.faults
+def test_everybody_is_brought_under_new_definitions_once_and_told_why(
+    stage: Stage, new_stage: Callable[[], Stage], fault_row: Callable[[str, str], Row]
+) -> None:
+    row = fault_row(
+        "segment definitions changed between two starts",
+        "all users are re-evaluated, told once with cause `definition`, without a replay",
+    )
+    events = made_up(seed=1, users=1_500)
+    stage.send(events)
     stage.run("worker", "--until-end")
     first = stage.said()
     old_marks = stage.marks()
@@ -311,7 +345,9 @@ def test_everybody_is_brought_under_new_definitions_once_and_told_why(stage: Sta
     after, _ = stage.judged(NEW)
     expected = differences(before, after, times)
     known = {message["id"] for message in first}
-    check_said([message for message in second if message["id"] not in known], expected)
+    proof = compared([message for message in second if message["id"] not in known], expected)
+    proof.events = len(events)
+    row.judge(proof)
     assert len(second) == len(first) + len(expected), "nothing is said twice"
     changes = defaultdict(set)
     for message in second:
@@ -337,6 +373,17 @@ def test_everybody_is_brought_under_new_definitions_once_and_told_why(stage: Sta
     stage.run("worker", "--until-end")
     assert stage.commits() == commits
     assert stage.said() == second
+
+    control = new_stage()
+    control.send(made_up(seed=6, users=300))
+    control.run("worker", "--until-end")
+    known = {message["id"] for message in control.said()}
+    before, times = control.judged(OLD)
+    control.segments = NEW
+    control.run_faulty("worker", "--until-end", without=["definitions"])
+    after, _ = control.judged(NEW)
+    said = [message for message in control.said() if message["id"] not in known]
+    row.control("re-evaluation off", compared(said, differences(before, after, times)))
 
 
 def test_a_user_with_a_record_is_brought_under_new_definitions_before_it(stage: Stage) -> None:
@@ -369,8 +416,16 @@ def test_a_user_with_a_record_is_brought_under_new_definitions_before_it(stage: 
     assert kept == (present,)
 
 
-def test_a_change_that_was_broken_off_is_finished_and_nothing_is_said_with_another_id(stage: Stage) -> None:
-    stage.send(made_up(seed=4, users=4_000))
+@pytest.mark.faults
+def test_a_change_that_was_broken_off_is_finished_and_nothing_is_said_with_another_id(
+    stage: Stage, fault_row: Callable[[str, str], Row]
+) -> None:
+    row = fault_row(
+        "worker killed in the middle of a change of definitions",
+        "the next worker finishes the change; nothing is said twice under another id",
+    )
+    events = made_up(seed=4, users=4_000)
+    stage.send(events)
     stage.run("worker", "--until-end")
     known = {message["id"] for message in stage.said()}
     before, times = stage.judged(OLD)
@@ -381,11 +436,16 @@ def test_a_change_that_was_broken_off_is_finished_and_nothing_is_said_with_anoth
     worker = stage.start("worker")
     worker.wait_until(lambda: stage.count("added") > 0.2 * members, 40, "in the middle of the change")
     worker.kill()
-    assert stage.count("added") < 0.9 * members, "the change was all but done: nothing was tested"
+    entered = stage.count("added")
+    assert entered < 0.9 * members, "the change was all but done: nothing was tested"
     assert all(len(kept) == 2 for _, kept in stage.marks())
     stage.run("worker", "--until-end")
     said = stage.said()
-    check_said([message for message in said if message["id"] not in known], expected)
+    proof = compared([message for message in said if message["id"] not in known], expected)
+    proof.events = len(events)
+    row.judge(proof)
+    row.note("control: that of the row before")
+    row.note(f"killed when {entered:,} of {members:,} had been let into one new segment")
     check_alternating(said)
     check_members(stage, after)
     ((present, kept),) = stage.marks()

@@ -15,7 +15,6 @@ import pytest
 import redis
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.admin.records_to_delete import RecordsToDelete
 
 from stream_app.adapters.kafka_admin import KafkaAdmin
@@ -26,7 +25,8 @@ from stream_app.core.segment import Segment
 from stream_app.core.segment_set import SegmentSet
 from stream_app.embedded import Server
 from stream_app.embedded.servers import free_port
-from tests.backends import Kind, Names, create_topic, read_to_end, redis_url_of
+from tests.backends import Kind, Names, alter_topic, create_topic, read_to_end, redis_url_of
+from tests.faults.rows import Row
 from tests.processes import Programs
 
 APP_TOML = """
@@ -304,7 +304,7 @@ def test_records_with_producers_times_stop_the_wall_clock_whatever_the_topic_say
     wall.create_topics("LogAppendTime" if kafka_kind == "embedded" else "CreateTime")
     send_events(wall, 0, 3)
     if kafka_kind != "embedded":
-        alter_topic(wall.kafka, wall.names.events, {"message.timestamp.type": "LogAppendTime"})
+        asyncio.run(alter_topic(wall.kafka, wall.names.events, {"message.timestamp.type": "LogAppendTime"}))
     sentence = wall.refused("--until-end")
     assert f"topic {wall.names.events}, partition 0, offset 0: expected LogAppendTime" in sentence
     assert "CreateTime" in sentence
@@ -312,20 +312,6 @@ def test_records_with_producers_times_stop_the_wall_clock_whatever_the_topic_say
     assert state(fresh_redis)["wm"]["watermark"] == "0"
     wall.having(worker__trust_create_time="true").run("worker", "--until-end")
     assert state(fresh_redis)["wm"]["watermark"] == "3"
-
-
-def alter_topic(bootstrap: str, topic: str, settings: Mapping[str, str]) -> None:
-    async def alter() -> None:
-        admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-        await admin.start()
-        try:
-            resource = ConfigResource(ConfigResourceType.TOPIC, topic, configs=dict(settings))
-            for answer in await admin.alter_configs([resource]):
-                assert [code for code, *_ in answer.resources] == [0]
-        finally:
-            await admin.close()
-
-    asyncio.run(alter())
 
 
 # --- state of something else -------------------------------------------------------------------------------
@@ -389,9 +375,18 @@ def test_state_of_the_same_log_is_taken_over(stage: Stage, fresh_redis: str) -> 
     assert state(fresh_redis)["wm"]["epoch"] == "2"
 
 
+@pytest.mark.faults
 def test_a_broker_that_was_started_anew_under_a_lasting_redis_is_refused(
-    settled: Stage, fresh_redis: str, kafka_server: Callable[..., Server]
+    settled: Stage,
+    fresh_redis: str,
+    kafka_server: Callable[..., Server],
+    fault_row: Callable[[str, str], Row],
 ) -> None:
+    row = fault_row(
+        "a broker that lost everything, started anew under a lasting Redis",
+        "the worker refuses with a sentence and changes nothing",
+    )
+    row.note("checked: exit 1, the sentence, every key of Redis as before")
     anew = settled.having(kafka__bootstrap_servers=kafka_server().address)
     anew.create_topics()
     with unchanged(fresh_redis):
@@ -453,9 +448,17 @@ def create_events_anew(stage: Stage) -> None:
     asyncio.run(anew())
 
 
+@pytest.mark.faults
 def test_a_log_that_was_created_anew_is_refused_unless_the_gap_is_accepted(
-    settled: Stage, fresh_redis: str
+    settled: Stage, fresh_redis: str, fault_row: Callable[[str, str], Row]
 ) -> None:
+    row = fault_row(
+        "the events topic deleted and created again",
+        "refused with a sentence; --accept-gap keeps the profiles and folds the new log",
+    )
+    row.note(
+        "checked: exit 1, the sentence, users and members as before; then each transition of the new log"
+    )
     # As a rebuild leaves it: what lies below was said once. It is not about the log that follows.
     set_watermark(fresh_redis, replayed_below=10)
     create_events_anew(settled)
@@ -493,9 +496,21 @@ def delete_records(bootstrap: str, topic: str, before_offset: int) -> None:
     asyncio.run(delete())
 
 
+@pytest.mark.faults
 def test_records_deleted_before_they_were_folded_are_refused_unless_the_gap_is_accepted(
-    request: pytest.FixtureRequest, kafka_kind: Kind, fresh_redis: str, kafka_bootstrap: str
+    request: pytest.FixtureRequest,
+    kafka_kind: Kind,
+    fresh_redis: str,
+    kafka_bootstrap: str,
+    fault_row: Callable[[str, str], Row],
 ) -> None:
+    row = fault_row(
+        "retention overtakes the watermark (DeleteRecords)",
+        "refused with a sentence that counts what is gone; --accept-gap goes on with the rest",
+    )
+    row.note(
+        "checked: exit 1, the sentence, users and watermark as before; then the watermark at the log's end"
+    )
     if kafka_kind == "embedded":
         pytest.skip("Tansu cannot delete records: the log never begins above 0")
     settled: Stage = request.getfixturevalue("settled")

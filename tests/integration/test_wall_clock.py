@@ -6,11 +6,10 @@ import asyncio
 import json
 import os
 import random
-import signal
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import redis
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from stream_app.adapters.partition import GRACE_MS
-from tests.backends import Kind, Names, read_to_end
-from tests.e2e.proof import Case
+from tests.backends import Kind, Names, kafka_from_environment, kind_of, read_to_end
+from tests.e2e.proof import Case, prove
+from tests.faults.faulty import Switch
+from tests.faults.rows import Row
 from tests.integration.stage import (
     PARTITIONS,
     Stage,
@@ -41,6 +42,8 @@ USERS = 40
 #: of the same user. With LogAppendTime nothing is kept off.
 KEPT_OFF_MS = 500
 BUY_HALF_LIFE_S = 1.5
+#: For how long a worker stands still at least while exits become due.
+FROZEN_S = 3.0
 WEIGHTS: dict[str, Any] = {
     "half_life_s": 1.0,
     "history_floor": 0.05,
@@ -76,12 +79,29 @@ def now_ms() -> int:
 
 
 @pytest.fixture
-def stage(
-    kafka_bootstrap: str, kafka_kind: Kind, fresh_redis: str, names: Names, programs: Programs, tmp_path: Path
-) -> Stage:
-    case = Case(kafka_bootstrap, fresh_redis, names, SEGMENTS, WEIGHTS, "wall")
+def stage(kafka_bootstrap: str, fresh_redis: str, names: Names, programs: Programs, tmp_path: Path) -> Stage:
+    return wall_stage(
+        Case(kafka_bootstrap, fresh_redis, names, SEGMENTS, WEIGHTS, "wall"), programs, tmp_path
+    )
+
+
+def wall_stage(case: Case, programs: Programs, directory: Path) -> Stage:
+    """Build a stage on the wall clock."""
     # Apache Kafka stamps the records itself, as `stream-app topics` has asked; the embedded broker cannot.
-    return Stage.build(case, programs, tmp_path, worker__trust_create_time=kafka_kind == "embedded")
+    trusting = kind_of(kafka_from_environment(os.environ), os.environ) == "embedded"
+    return Stage.build(case, programs, directory, worker__trust_create_time=trusting)
+
+
+@pytest.fixture
+def stage_again(stage: Stage, tmp_path: Path) -> Callable[[], Stage]:
+    """End what runs on the stage and build another with nothing on it."""
+
+    def again() -> Stage:
+        stage.programs.stop()
+        flush(stage)
+        return wall_stage(replace(stage.case, names=Names.unique()), stage.programs, tmp_path)
+
+    return again
 
 
 def started(stage: Stage, **settings: object) -> Program:
@@ -328,26 +348,127 @@ def test_a_worker_back_from_an_outage_expires_nobody_whose_events_wait_in_the_lo
     assert proof.repeats == 0
 
 
+STAY, LEAVE = [f"stay-{n}" for n in range(12)], [f"leave-{n}" for n in range(12)]
+
+
+def freeze(stage: Stage, without: Sequence[Switch] = ()) -> tuple[dict[str, int], float]:
+    """Stop a worker until exits are past due, with events for half the users waiting; let it end its work.
+
+    Returns when the users would have left but for those events, and for how many seconds it stood still.
+    """
+    worker = stage.start_faulty("worker", without=without, kafka__session_timeout_s=10)
+    worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 30, "at work")
+    stage.send(burst("first", STAY + LEAVE, count=4))  # they weigh 8: gone three half-lives later
+    exits = all_entered(stage, worker, STAY + LEAVE)
+    worker.pause()
+    began_s = time.monotonic()
+    assert now_ms() < min(exits.values()) - KEPT_OFF_MS, "too slow for this test"
+    stage.send(burst("second", STAY))
+    the_clock_passes(max(exits.values()))
+    wait_until(lambda: time.monotonic() - began_s > FROZEN_S, 10, "frozen for long enough")
+    frozen_s = time.monotonic() - began_s
+    ends = stage.log_ends()
+    worker.resume()
+    worker.wait_until(lambda: is_settled(stage, ends), 30, "settled")
+    assert len(claims(worker)) == PARTITIONS, "it lost its partitions meanwhile: something else was tested"
+    return exits, frozen_s
+
+
+@pytest.mark.faults
 def test_a_worker_stopped_for_seconds_expires_nobody_whose_events_wait_in_the_log(
-    stage: Stage, record_property: Callable[[str, object], None]
+    stage: Stage, stage_again: Callable[[], Stage], fault_row: Callable[[str, str], Row]
 ) -> None:
-    stay, leave = [f"stay-{n}" for n in range(12)], [f"leave-{n}" for n in range(12)]
-    worker = started(stage, kafka__session_timeout_s=10)
-    stage.send(burst("first", stay + leave, count=4))  # they weigh 8: gone three half-lives later
-    exits = all_entered(stage, worker, stay + leave)
-    os.kill(worker.pid, signal.SIGSTOP)
-    try:
+    row = fault_row(
+        "worker frozen for 3 s with exits due and events waiting (wall clock)",
+        "who has events in the log stays; who has none leaves at the right instant",
+    )
+    exits, frozen_s = freeze(stage)
+    said = left_at(stage, STAY + LEAVE)
+    assert {user: said[user] for user in LEAVE} == {user: [exits[user]] for user in LEAVE}
+    assert all(len(said[user]) == 1 and said[user][0] > exits[user] + 1_000 for user in STAY), "a false exit"
+    row.judge(prove(stage.case, now_ms()))
+    row.note(f"frozen for {frozen_s:.1f} s; no false exit among {len(STAY)} users with events waiting")
+
+    control = stage_again()
+    exits, _ = freeze(control, without=("ask",))
+    said = left_at(control, STAY)
+    assert any(exits[user] in said[user] for user in STAY), "nobody was let go falsely"
+    row.control("the log's end not asked", prove(control.case, now_ms()))
+
+
+def set_clock(clock: Path, off_ms: int) -> None:
+    """Let the clock of a worker that was started with this file be wrong by so much from now on."""
+    new = clock.with_suffix(".new")
+    new.write_text(str(off_ms))
+    new.replace(clock)
+
+
+@pytest.mark.faults
+def test_a_worker_whose_clock_is_set_back_is_late_at_worst(
+    stage: Stage,
+    stage_again: Callable[[], Stage],
+    tmp_path: Path,
+    kafka_kind: Kind,
+    fault_row: Callable[[str, str], Row],
+) -> None:
+    row = fault_row(
+        "the worker's clock set back and forth in a run (wall clock)",
+        "while it is behind, exits without an event wait; none is lost, false or out of order",
+    )
+    # Where producers' times are trusted, one further ahead than `max_future_skew_s` makes a bad record.
+    back_s = 240 if kafka_kind == "embedded" else 3_600
+    clock = tmp_path / "clock"
+
+    def at_work(stage: Stage) -> Program:
+        set_clock(clock, 0)
+        worker = stage.start_faulty("worker", clock=clock)
+        worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 30, "at work")
+        return worker
+
+    worker = at_work(stage)
+    for turn in ("first", "second"):
+        users = [f"{turn}-{n}" for n in range(24)]
+        stage.send(burst(turn, users, count=4))
+        exits = all_entered(stage, worker, users)
+        set_clock(clock, -back_s * 1000)
         assert now_ms() < min(exits.values()) - KEPT_OFF_MS, "too slow for this test"
-        stage.send(burst("second", stay))
         the_clock_passes(max(exits.values()))
-    finally:
-        os.kill(worker.pid, signal.SIGCONT)
+        assert not any(left_at(stage, users).values()), "the worker does not go by the clock that was set"
+        if turn == "second":
+            # Stream time says what is due while the log goes on, whatever the worker's clock says.
+            stage.send(burst("later", [f"later-{n}" for n in range(24)]))
+            worker.wait_until(
+                lambda: left_at(stage, users) == {user: [exits[user]] for user in users},  # noqa: B023
+                30,
+                "gone by stream time",
+            )
+        set_clock(clock, 0)
+        worker.wait_until(
+            lambda: left_at(stage, users) == {user: [exits[user]] for user in users},  # noqa: B023
+            30,
+            "gone",
+        )
     ends = stage.log_ends()
     worker.wait_until(lambda: is_settled(stage, ends), 30, "settled")
-    said = left_at(stage, stay + leave)
-    assert {user: said[user] for user in leave} == {user: [exits[user]] for user in leave}
-    assert all(len(said[user]) == 1 and said[user][0] > exits[user] + 1_000 for user in stay), "a false exit"
-    stage.proven(record_property, until_ms=now_ms())
+    row.judge(prove(stage.case, now_ms()))
+    row.note(f"set back by {back_s} s and right again, twice")
+
+    control = stage_again()
+    worker = at_work(control)
+    users = [f"u{n}" for n in range(24)]
+    control.send(burst("first", users, count=4))
+    exits = all_entered(control, worker, users)
+    set_clock(clock, 3_600_000)
+    worker.wait_until(lambda: all(left_at(control, users).values()), 10, "gone")
+    assert now_ms() < min(exits.values()), "too slow for this test"
+    set_clock(clock, 0)
+    control.send(burst("second", users))
+    ends = control.log_ends()
+    worker.wait_until(lambda: is_settled(control, ends), 30, "settled")
+    row.control("a clock an hour ahead instead", prove(control.case, now_ms()))
+    row.note(
+        "no promise holds for a clock that is ahead: users without a record to come leave early by as much"
+    )
 
 
 def test_an_exit_still_comes_when_redis_is_flushed_before_it_is_due(

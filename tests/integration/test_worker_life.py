@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from stream_app.adapters.profile_store import Identity, ProfileStore, connect
 from stream_app.embedded import Server
 from stream_app.embedded.servers import free_port
 from tests.backends import Kind, Names, read_to_end, redis_url_of
-from tests.e2e.proof import Case
+from tests.e2e.proof import Case, prove
+from tests.faults.rows import Row
 from tests.integration.stage import (
     DRAIN_DEADLINE_S,
     EVENTS,
@@ -317,9 +319,13 @@ def metrics(port: int) -> dict[tuple[str, ...], float]:
 # --- a log with transactions -------------------------------------------------------------------------------
 
 
+@pytest.mark.faults
 def test_what_a_producer_aborted_is_never_folded_and_does_not_stop_the_watermark(
-    stage: Stage, kafka_kind: Kind, record_property: Callable[[str, object], None]
+    stage: Stage, kafka_kind: Kind, tmp_path: Path, fault_row: Callable[[str, str], Row]
 ) -> None:
+    row = fault_row(
+        "a transactional producer that aborts every third time", "what was aborted is never folded"
+    )
     if kafka_kind == "embedded":
         pytest.skip("the embedded broker has no transactions")
     events = synthetic_events(SEED, EVENTS)
@@ -329,9 +335,17 @@ def test_what_a_producer_aborted_is_never_folded_and_does_not_stop_the_watermark
     ends = stage.log_ends()
     assert stage.watermarks() == stage.committed() == ends
     assert sum(ends.values()) > len(events), "markers take offsets too"
-    proof = stage.proven(record_property)
+    proof = row.judge(prove(stage.case))
     assert proof.events == len(events) - aborted
     assert proof.transitions > 300
+    flush(stage)
+    (tmp_path / "control").mkdir()
+    case = replace(stage.case, names=Names.unique())
+    control = Stage.build(case, stage.programs, tmp_path / "control")
+    asyncio.run(_send_in_transactions(control, events))
+    worker = control.start_faulty("worker", "--until-end", without=["committed"])
+    assert worker.wait(60) == 0, worker.log
+    row.control("read_committed off", prove(control.case))
 
 
 async def _send_in_transactions(stage: Stage, events: Sequence[Mapping[str, Any]]) -> int:

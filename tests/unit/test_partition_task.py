@@ -52,7 +52,7 @@ def claimed_task(store: FailingStore) -> PartitionTask:
 
     async def claim() -> _Owned:
         old: Any = {"of-yesterday": None}
-        owned = _Owned(1, 0, 0, 5, 0, None, old)
+        owned = _Owned(1, 0, 0, 5, 0, None, old, 0, 0.0)
         task._owned = owned
         return owned
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import ssl
 import tomllib
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import trustme
 from pydantic import ValidationError
+from redis.asyncio.connection import parse_url
 
+from stream_app.adapters.kafka_security import security_of
 from stream_app.core.decay import EventTypeWeight
 from stream_app.core.segment_advice import advice
 from stream_app.errors import ConfigError, HoldExpired, StoreUnavailable
@@ -20,6 +25,7 @@ from stream_app.settings import (
     WorkerSettings,
     faust_environment_problems,
     load_settings,
+    unlocking_environment,
 )
 
 Load = Callable[..., Settings]
@@ -129,6 +135,24 @@ def test_the_compiled_segments_are_built_once() -> None:
     assert settings.segment_set is settings.segment_set
 
 
+@pytest.mark.parametrize(
+    ("url", "fits"),
+    [
+        ("redis://node:6379", True),
+        ("rediss://app:s3cret@node:6379/0", True),
+        ("redis://node:6379/1", False),
+        ("unix:///run/redis.sock", False),
+    ],
+)
+def test_a_redis_cluster_has_no_database_but_the_first_and_no_socket(url: str, fits: bool) -> None:
+    if fits:
+        assert Settings(redis=RedisSettings(url=url, cluster=True)).redis.cluster
+        return
+    with pytest.raises(ValidationError, match="a Redis Cluster has none but 0") as refused:
+        Settings(redis=RedisSettings(url=url, cluster=True))
+    assert "s3cret" not in str(refused.value)
+
+
 def test_settings_built_in_code_must_not_contradict_themselves_either() -> None:
     with pytest.raises(ValidationError, match="four different topics"):
         Settings(kafka=KafkaSettings(exited_topic="events"))
@@ -153,6 +177,7 @@ def test_brokers_are_host_and_port(servers: str) -> None:
             lambda s: s.kafka.bootstrap_servers == "127.0.0.1:19092",
         ),
         ("KAFKA__GROUP_ID", "7", lambda s: s.kafka.group_id == "7"),
+        ("REDIS__CLUSTER", "true", lambda s: s.redis.cluster),
         ("KAFKA__SESSION_TIMEOUT_S", "6", lambda s: s.kafka.session_timeout_s == 6.0),
         ("REDIS__URL", "redis://h:1/2", lambda s: s.redis.url == "redis://h:1/2"),
         ("WORKER__CLOCK", "event", lambda s: s.worker.clock == "event"),
@@ -551,7 +576,7 @@ def test_a_wrong_address_is_refused_without_being_shown(load: Load, url: str) ->
     [
         f'redis = "redis://:{PASSWORD}@cache"\n',
         f'[redis]\nurl = ["redis://:{PASSWORD}@cache"]\n',
-        f'[redis]\npassword = "{PASSWORD}"\n',
+        f'[redis]\npasword = "{PASSWORD}"\n',
         f'[kafka]\nbootstrap_servers = "app:{PASSWORD}@broker:9092"\n',
         f'[kafka]\nsasl_password = "{PASSWORD}"\n',
         f'password = "{PASSWORD}"\n',
@@ -562,6 +587,207 @@ def test_a_misplaced_password_is_not_shown_either(load: Load, app: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(app)
     assert PASSWORD not in "".join(traceback.format_exception(caught.value))
+
+
+# Locked doors
+
+SASL = """
+[kafka]
+security_protocol = "SASL_SSL"
+sasl_mechanism = "SCRAM-SHA-512"
+sasl_username = "app"
+"""
+
+
+def test_a_secret_may_stand_in_the_environment(load: Load) -> None:
+    environ = {
+        "STREAM_APP__KAFKA__SASL_PASSWORD": "12345",
+        "STREAM_APP__REDIS__URL": "rediss://app@cache:6380/2",
+        "STREAM_APP__REDIS__PASSWORD": "s/3:c?#@%=+&t",
+    }
+    settings = load(SASL, environ=environ)
+    assert security_of(settings.kafka)["sasl_plain_password"] == "12345"
+    options = parse_url(settings.redis.connection_url)
+    assert (options["username"], options["password"], options["db"]) == ("app", "s/3:c?#@%=+&t", 2)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_secret_may_stand_in_a_file_of_one_line(load: Load, tmp_path: Path, end: str) -> None:
+    file = tmp_path / "secret"
+    file.write_text(f" {PASSWORD} {end}")
+    both = f'{SASL}sasl_password_file = "{file}"\n[redis]\npassword_file = "{file}"\n'
+    settings = load(both)
+    file.unlink()  # read once
+    assert settings.kafka.sasl_password == settings.redis.password == f" {PASSWORD} "
+    for shown in (repr(settings), str(settings.model_dump()), settings.model_dump_json()):
+        assert PASSWORD not in shown
+
+
+@pytest.mark.parametrize(
+    ("content", "got"),
+    [
+        (None, "expected a readable file, got No such file or directory"),
+        (b"", "with 1 to 1000 characters in one line, got another content"),
+        (b"\n", "with 1 to 1000 characters in one line, got another content"),
+        (f"{PASSWORD}\n\n".encode(), "got another content"),
+        (f"user\n{PASSWORD}".encode(), "got another content"),
+        (PASSWORD.encode() + b"\xff", "got another content"),
+        (PASSWORD.encode() * 1000, "got another content"),
+    ],
+)
+def test_a_file_that_holds_no_secret_is_refused_once_without_its_content(
+    problems: Problems, tmp_path: Path, content: bytes | None, got: str
+) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    (problem,) = problems(f'{SASL}sasl_password_file = "{file}"\n')
+    assert problem.startswith("app.toml: [kafka] sasl_password_file: expected a ")
+    assert got in problem
+    assert PASSWORD not in problem
+    environ = {"STREAM_APP__REDIS__PASSWORD_FILE": str(file)}
+    (problem,) = problems(environ=environ)
+    assert problem.startswith("environment: STREAM_APP__REDIS__PASSWORD_FILE: expected a ")
+
+
+def test_a_secret_where_the_name_of_its_file_belongs_is_not_shown(problems: Problems) -> None:
+    for value in (f'"{PASSWORD}"', "[]", f'["{PASSWORD}"]'):
+        (problem,) = problems(f"[redis]\npassword_file = {value}\n")
+        assert PASSWORD not in problem
+        assert not any(PASSWORD in p for p in problems(f"{SASL}sasl_password_file = {value}\n"))
+
+
+@pytest.mark.parametrize(
+    ("app", "found"),
+    [
+        (
+            SASL,
+            ["[kafka] sasl_password: expected it or sasl_password_file, since security_protocol is SASL_SSL"],
+        ),
+        (
+            '[kafka]\nsecurity_protocol = "SASL_PLAINTEXT"\nsasl_password = "x"\n',
+            [
+                "[kafka] sasl_mechanism: expected a value, since",
+                "[kafka] sasl_username: expected a value, since",
+            ],
+        ),
+        (
+            '[kafka]\nsasl_username = "app"\n',
+            ["[kafka] sasl_username: expected security_protocol SASL_SSL or SASL_PLAINTEXT beside it"],
+        ),
+        (
+            '[kafka]\nsecurity_protocol = "SSL"\nsasl_password = "x"\n',
+            ["[kafka] sasl_password: expected security_protocol SASL_SSL or SASL_PLAINTEXT beside it"],
+        ),
+        (
+            '[kafka]\nssl_ca_file = "CA"\n',
+            ["[kafka] ssl_ca_file: expected security_protocol SSL or SASL_SSL beside it, got PLAINTEXT"],
+        ),
+        ('[kafka]\nsecurity_protocol = "TLS"\n', ["[kafka] security_protocol: expected 'PLAINTEXT', 'SSL'"]),
+        (
+            f'{SASL}sasl_password = "x"\nsasl_password_file = "y"\n',
+            ["[kafka] sasl_password_file: expected one of sasl_password and sasl_password_file, got both"],
+        ),
+        (
+            '[redis]\nurl = "redis://:x@cache"\npassword = "y"\n',
+            ["[redis] url: expected no password beside redis.password, got one"],
+        ),
+        (
+            '[redis]\nssl_ca_file = "CA"\n',
+            ["[redis] ssl_ca_file: expected a redis.url that begins with rediss:// beside it, got redis"],
+        ),
+        (
+            '[redis]\nurl = "rediss://cache"\nssl_key_file = "CA"\n',
+            ["[redis] ssl_key_file: expected ssl_cert_file beside it, got none"],
+        ),
+        (
+            '[redis]\nurl = "rediss://cache"\nssl_ca_file = "NONE"\n',
+            ["[redis] ssl_ca_file: expected readable files, got No such file or directory"],
+        ),
+        (
+            '[redis]\nurl = "rediss://cache"\nssl_ca_file = "EMPTY"\n',
+            ["[redis] ssl_ca_file: expected PEM that OpenSSL can use, got "],
+        ),
+        (
+            '[kafka]\nsecurity_protocol = "SSL"\nssl_cert_file = "CA"\nssl_key_file = "OTHER"\n',
+            ["[kafka] ssl_cert_file: expected PEM that OpenSSL can use, got "],
+        ),
+    ],
+)
+def test_locks_that_contradict_each_other_or_are_no_locks_are_refused(
+    problems: Problems, tmp_path: Path, app: str, found: list[str]
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    authority.issue_cert("cache").private_key_pem.write_to_path(str(tmp_path / "other.pem"))
+    (tmp_path / "empty.pem").touch()
+    for name in ("ca", "other", "empty", "none"):
+        app = app.replace(f'"{name.upper()}"', f'"{tmp_path}/{name}.pem"')
+    told = problems(app)
+    assert len(told) == len(found), told
+    for problem, expected in zip(told, found, strict=True):
+        assert expected in problem
+
+
+def test_an_empty_variable_unsets_a_key_without_default_and_no_other(load: Load, problems: Problems) -> None:
+    app = f'{SASL}sasl_password = "x"\n[worker]\nmax_dead_letter_share = 0.5\n'
+    names = ("SASL_MECHANISM", "SASL_USERNAME", "SASL_PASSWORD")
+    unset = {f"STREAM_APP__KAFKA__{name}": "" for name in names}
+    settings = load(app, environ={**unset, "STREAM_APP__KAFKA__SECURITY_PROTOCOL": "SSL"})
+    assert settings.kafka.sasl_username is None
+    assert len(problems(environ={"STREAM_APP__KAFKA__GROUP_ID": ""})) == 1
+    assert len(problems(app, environ={"STREAM_APP__WORKER__MAX_DEAD_LETTER_SHARE": ""})) == 1
+
+
+def test_what_unlocks_makes_any_configuration_usable_for_servers_of_our_own(
+    load: Load, tmp_path: Path
+) -> None:
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    (tmp_path / "secret").write_text(PASSWORD)
+    app = (
+        f'{SASL}sasl_password_file = "{tmp_path}/secret"\nssl_ca_file = "{tmp_path}/ca.pem"\n'
+        f'[redis]\nurl = "rediss://cache"\npassword = "x"\nssl_ca_file = "{tmp_path}/ca.pem"\n'
+    )
+    settings = load(app)
+    ours = {"STREAM_APP__REDIS__URL": "redis://127.0.0.1:1/0", "STREAM_APP__KAFKA__BOOTSTRAP_SERVERS": "b:1"}
+    unlocked = load(app, environ={**unlocking_environment(settings), **ours})
+    assert unlocked.kafka == settings.kafka.unlocked("b:1") == KafkaSettings(bootstrap_servers="b:1")
+    assert unlocked.redis == settings.redis.unlocked("redis://127.0.0.1:1/0")
+    assert dict(security_of(unlocked.kafka)) == {}
+    assert unlocking_environment(unlocked) == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("rediss://cache:6380/2", "rediss://:p%2Fw@cache:6380/2?ssl_ca_certs=CA"),
+        ("rediss://app@cache", "rediss://app:p%2Fw@cache?ssl_ca_certs=CA"),
+        ("rediss://cache?socket_timeout=9", "rediss://:p%2Fw@cache?socket_timeout=9&ssl_ca_certs=CA"),
+    ],
+)
+def test_redis_is_given_all_that_it_needs_in_one_url(url: str, expected: str) -> None:
+    redis = RedisSettings(url=url, password="p/w", ssl_ca_file="CA")
+    assert redis.connection_url == expected
+    assert "p/w" not in redis.redacted_url
+
+
+def test_tls_checks_the_certificate_and_the_host_name() -> None:
+    context = security_of(KafkaSettings(security_protocol="SSL"))["ssl_context"]
+    assert context.check_hostname
+    assert context.verify_mode is ssl.CERT_REQUIRED
+
+
+def test_every_client_of_kafka_is_given_its_security() -> None:
+    kinds = {"AIOKafkaConsumer", "AIOKafkaProducer", "AIOKafkaAdminClient", "create_conn"}
+    made = 0
+    for path in (SHIPPED.parent / "stream_app").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in kinds:
+                made += 1
+                spread = [ast.unparse(k.value) for k in call.keywords if k.arg is None]
+                is_ours = path.name == "demo.py"  # whose broker is embedded
+                assert any("security" in name for name in spread) or is_ours, f"{path}:{call.lineno}"
+    assert made >= 7
 
 
 # Faust's own environment

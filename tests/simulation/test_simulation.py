@@ -1,0 +1,142 @@
+"""Nothing is lost, said twice under two ids or said in the wrong order, whatever goes wrong, seed by seed.
+
+``FAULT_SEEDS`` says how many seeds (the nightly run: 2,000), ``FAULT_SEED`` the first of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Final
+
+import pytest
+
+from stream_app.adapters.profile_store import Commit, Identity, ProfileStore
+from stream_app.errors import Fenced
+from tests.simulation.faults import CALL_FATES, EVENT_FATES, EVENTS, SLICE_FATES
+from tests.simulation.memory_redis import MemoryClient, MemoryRedis
+from tests.simulation.run import Outcome, Switches, run_seed
+
+FIRST_SEED: Final = int(os.environ.get("FAULT_SEED", "0"))
+SEEDS: Final = int(os.environ.get("FAULT_SEEDS", "220"))
+SEEDS_A_TEST: Final = 20
+#: Among this many seeds a control must report something.
+CONTROL_SEEDS: Final = 40
+DIARY_SHOWN: Final = 150
+
+#: Effects of faults that some seed must have had, beside the faults themselves.
+EFFECTS: Final = (
+    "Redis found away",
+    "Kafka found away",
+    "refused: fenced",
+    "refused: lost",
+    "refused: mismatch",
+    "zombie found by Kafka",
+    "member expired",
+    "rebalance heard of late",
+    "drained",
+    "frozen",
+    "repeats",
+    "called replayed as promised",
+    "dead letters",
+)
+
+_counts: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Whatever the service logs of thousands of faults hides what failed; the diary tells it in order."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def report(outcome: Outcome) -> str:
+    """What failed, how to run it alone, and what had happened."""
+    return "\n".join(
+        [
+            f"seed {outcome.seed}: run it alone with",
+            f"  FAULT_SEED={outcome.seed} FAULT_SEEDS=1 .venv/bin/pytest tests/simulation -k oracle",
+            *outcome.problems,
+            f"the last {DIARY_SHOWN} lines of its diary:",
+            *outcome.diary[-DIARY_SHOWN:],
+        ]
+    )
+
+
+@pytest.mark.parametrize("first", range(FIRST_SEED, FIRST_SEED + SEEDS, SEEDS_A_TEST))
+def test_every_seed_ends_in_what_the_oracle_proved_of_its_log(first: int) -> None:
+    for seed in range(first, min(first + SEEDS_A_TEST, FIRST_SEED + SEEDS)):
+        outcome = run_seed(seed)
+        assert not outcome.problems, report(outcome)
+        _counts.update(outcome.counts)
+
+
+@pytest.mark.skipif(SEEDS < 200, reason="few seeds do not meet every fault")
+def test_over_the_seeds_every_fault_was_met_and_had_an_effect() -> None:
+    if not _counts:
+        pytest.skip("counts what the seeds before it met: run the whole file")
+    names = set(EFFECTS) | set(SLICE_FATES) | set(EVENT_FATES) | set(EVENTS) - {"terminated"}
+    fates = [fate for fate in CALL_FATES if not fate.startswith(("torn", "refused g"))]
+    names |= {f"{where}, {fate}" for fate in fates for where in ("Redis", "Kafka")}
+    names |= {"Kafka, torn", "Kafka, torn crash", "generation refused"}
+    names |= {f"crash, {when} {what}" for when in ("before", "after") for what in ("claim", "commit")}
+    names |= {f"crash, before {what}" for what in ("mget", "xrange", "zrange", "hset")}
+    names |= {f"crash, before Kafka, {what}" for what in ("publish", "ends", "rewind", "generation")}
+    names |= {"crash, after Kafka, publish", "crash, in the middle of Kafka, publish"}
+    assert {name for name in names if not _counts[name]} == set()
+
+
+@pytest.mark.parametrize("seed", [FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2])
+def test_the_same_seed_is_the_same_run(seed: int) -> None:
+    first, second = run_seed(seed), run_seed(seed)
+    assert first.diary == second.diary
+    assert first.counts == second.counts
+    assert run_seed(seed + 1).diary != first.diary
+
+
+@pytest.mark.parametrize("fence", [True, False])
+async def test_only_the_fence_keeps_a_zombie_out_of_a_state_that_counts_as_far_as_its_own(
+    fence: bool,
+) -> None:
+    # Commit numbers stop most of what a fence stops; not this: Redis was emptied, and has got as far again.
+    server = MemoryRedis(lambda: 0)
+    server.unchecked = frozenset() if fence else frozenset({"fenced"})
+    zombie_client: Any = MemoryClient(server)
+    owner_client: Any = MemoryClient(server)
+    zombie, owner = ProfileStore(zombie_client, "zombie"), ProfileStore(owner_client, "owner")
+    identity = Identity("cluster-1", "events", 1, "stream-app", "wall", "{}")
+    for store in (zombie, owner):
+        server.flushall()
+        claim = await store.claim(
+            0, identity, last_epoch=0, log_start=0, processed_below=None, replay_when_new=None,
+            definitions=("f", "{}"),
+        )  # fmt: skip
+        assert claim.watermark.epoch == 1
+        await store.commit(0, 1, 1, Commit(watermark=30 if store is zombie else 5, outbox=[b"unpublished"]))
+    if fence:
+        with pytest.raises(Fenced):
+            await zombie.commit(0, 1, 2, Commit(watermark=40))
+    else:
+        await zombie.commit(0, 1, 2, Commit(watermark=40))
+    lost = server.hget("sa:{0}:wm", "watermark") == b"40" and not server.xlen("sa:{0}:outbox")
+    assert lost is not fence
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        pytest.param(Switches(unchecked=frozenset({"lost"})), id="whoever lost Redis's state goes on"),
+        pytest.param(Switches(unchecked=frozenset({"fenced", "mismatch"})), id="whoever comes may write"),
+        pytest.param(Switches(unchecked=frozenset({"mismatch"})), id="commit numbers are not compared"),
+        pytest.param(Switches(publishes_outbox=False), id="what a crash left in the outbox stays there"),
+    ],
+)
+def test_with_a_guard_switched_off_the_same_seeds_report_it(switches: Switches) -> None:
+    for seed in range(CONTROL_SEEDS):
+        if run_seed(seed, switches).problems:
+            return
+    pytest.fail(f"{CONTROL_SEEDS} seeds, and nobody misses it")
