@@ -46,10 +46,10 @@ test-kafka: $(STAMP) ## run what touches servers on Apache Kafka (needs Java 17 
 test-faults: $(STAMP) ## try every fault, embedded and on Apache Kafka; SEED=n; writes tests/faults/README.md
 	rm -rf .cache/faults
 	failed=0; \
-	for servers in embedded apache; do \
-		TEST_BACKEND=$$servers FAULT_ROWS=.cache/faults/$$servers.json FAULT_SEED=$(SEED) FAULT_SEEDS=$(SEEDS) \
-			$(BIN)/python -m pytest -v -m faults tests || failed=1; \
-	done; \
+	FAULT_SEEDS=$(SEEDS) TEST_BACKEND=embedded FAULT_ROWS=.cache/faults/embedded.json FAULT_SEED=$(SEED) \
+		$(BIN)/python -m pytest -v -m faults tests || failed=1; \
+	TEST_BACKEND=apache FAULT_ROWS=.cache/faults/apache.json FAULT_SEED=$(SEED) \
+		$(BIN)/python -m pytest -v -m faults tests --ignore tests/simulation || failed=1; \
 	$(BIN)/python -m tests.faults.table .cache/faults/embedded.json .cache/faults/apache.json && exit $$failed
 
 check: $(STAMP) ## lint, formatting, types

@@ -504,7 +504,8 @@ def _is_certainly_bad(poison: Poison) -> bool:
             event = {name.decode(errors="replace"): it for name, it in pairs if isinstance(name, bytes)}
             user_id = event["user_id"]
         else:
-            event = json.loads(value.decode())
+            # As floats: Python reads integers of 4,300 digits at most, JSON has no limit.
+            event = json.loads(value.decode(), parse_int=float)
             user_id = event["user_id"].encode()
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, msgpack.UnpackException):
         return True

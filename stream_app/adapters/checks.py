@@ -99,8 +99,8 @@ async def check_redis(client: Client, url: str) -> list[Finding]:
             ]  # fmt: skip
         raise refusal(exc, where) or StartRefused(
             "an answer", f"{type(exc).__name__}: {exc}", where,
-            "Check redis.url (rediss:// is with TLS) and that Redis is up; `stream-app services` starts one "
-            "for trying things out.",
+            "Check redis.url and that Redis is up, and whether that port wants TLS (rediss://); `stream-app "
+            "services` starts one for trying things out.",
         ) from exc  # fmt: skip
     return [
         finding

@@ -71,7 +71,7 @@ class KafkaUnavailable(StreamAppError):
             f"an answer within {timeout_s:g} s",
             got,
             f"Kafka at {bootstrap_servers}",
-            "Check kafka.bootstrap_servers, kafka.security_protocol and that the broker is up; `stream-app "
+            "Check kafka.bootstrap_servers, that the broker is up, and kafka.security_protocol; `stream-app "
             "services` starts one for trying things out.",
         )
 

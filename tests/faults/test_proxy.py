@@ -189,6 +189,22 @@ def test_a_stalled_request_arrives_late_although_its_client_has_given_up(
     wait_until(lambda: echo.heard == b"warmnewlate", TIMEOUT_S, "delivered")
 
 
+def test_what_sticks_never_arrives_and_its_client_alone_is_cut_off_when_it_ends(
+    proxy: Proxy, echo: Echo, connect: Connect
+) -> None:
+    asking, other = connect(), connect()
+    proxy.stick(b"this")
+    asking.sendall(b"this")
+    assert hears_nothing(asking)
+    assert proxy.stuck == 1
+    assert ask(other, b"that") == b"THAT"
+    proxy.heal()
+    with pytest.raises(ConnectionError):
+        asking.recv(1024)
+    assert ask(other, b"this") == b"THIS"
+    assert echo.heard == b"thatthis"
+
+
 def test_a_lost_reply_is_to_what_the_server_has_done_and_it_is_the_only_one(
     proxy: Proxy, echo: Echo, connect: Connect
 ) -> None:

@@ -107,7 +107,7 @@ def stage_again(stage: Stage, tmp_path: Path) -> Callable[[], Stage]:
 def started(stage: Stage, **settings: object) -> Program:
     """Start a worker and wait until it has claimed all partitions."""
     worker = stage.start("worker", **settings)
-    worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 30, "at work")
+    worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 60, "at work")
     return worker
 
 
@@ -357,7 +357,7 @@ def freeze(stage: Stage, without: Sequence[Switch] = ()) -> tuple[dict[str, int]
     Returns when the users would have left but for those events, and for how many seconds it stood still.
     """
     worker = stage.start_faulty("worker", without=without, kafka__session_timeout_s=10)
-    worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 30, "at work")
+    worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 60, "at work")
     stage.send(burst("first", STAY + LEAVE, count=4))  # they weigh 8: gone three half-lives later
     exits = all_entered(stage, worker, STAY + LEAVE)
     worker.pause()
@@ -422,7 +422,7 @@ def test_a_worker_whose_clock_is_set_back_is_late_at_worst(
     def at_work(stage: Stage) -> Program:
         set_clock(clock, 0)
         worker = stage.start_faulty("worker", clock=clock)
-        worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 30, "at work")
+        worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 60, "at work")
         return worker
 
     worker = at_work(stage)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import pytest
 
 from stream_app.adapters.profile_store import Commit, Identity, ProfileStore
 from stream_app.errors import Fenced
+from tests.e2e.proof import Proof
+from tests.faults.rows import Row
 from tests.simulation.faults import CALL_FATES, EVENT_FATES, EVENTS, SLICE_FATES
 from tests.simulation.memory_redis import MemoryClient, MemoryRedis
 from tests.simulation.run import Outcome, Switches, run_seed
@@ -43,7 +45,10 @@ EFFECTS: Final = (
     "dead letters",
 )
 
+pytestmark = pytest.mark.faults
+
 _counts: Counter[str] = Counter()
+_proofs: list[Proof] = []
 
 
 @pytest.fixture(autouse=True)
@@ -73,12 +78,29 @@ def test_every_seed_ends_in_what_the_oracle_proved_of_its_log(first: int) -> Non
         outcome = run_seed(seed)
         assert not outcome.problems, report(outcome)
         _counts.update(outcome.counts)
+        _proofs.append(outcome.proof)
 
 
 @pytest.mark.skipif(SEEDS < 200, reason="few seeds do not meet every fault")
-def test_over_the_seeds_every_fault_was_met_and_had_an_effect() -> None:
+def test_over_the_seeds_every_fault_was_met_and_had_an_effect(fault_row: Callable[[str, str], Row]) -> None:
     if not _counts:
         pytest.skip("counts what the seeds before it met: run the whole file")
+    row = fault_row(
+        f"simulation: everything at once, by chance, seeds {FIRST_SEED} to {FIRST_SEED + SEEDS - 1}",
+        "nothing lost, nothing twice, in order, `replayed` as promised",
+    )
+    for proof in _proofs:
+        row.judge(proof)
+    for what in (
+        "crash",
+        "frozen",
+        "reply lost",
+        "Redis emptied",
+        "Redis restored",
+        "rebalance",
+        "refused: fenced",
+    ):
+        row.note(f"{what}: {sum(count for name, count in _counts.items() if what in name):,}")
     names = set(EFFECTS) | set(SLICE_FATES) | set(EVENT_FATES) | set(EVENTS) - {"terminated"}
     fates = [fate for fate in CALL_FATES if not fate.startswith(("torn", "refused g"))]
     names |= {f"{where}, {fate}" for fate in fates for where in ("Redis", "Kafka")}
@@ -127,16 +149,21 @@ async def test_only_the_fence_keeps_a_zombie_out_of_a_state_that_counts_as_far_a
 
 
 @pytest.mark.parametrize(
-    "switches",
+    ("switched_off", "switches"),
     [
-        pytest.param(Switches(unchecked=frozenset({"lost"})), id="whoever lost Redis's state goes on"),
-        pytest.param(Switches(unchecked=frozenset({"fenced", "mismatch"})), id="whoever comes may write"),
-        pytest.param(Switches(unchecked=frozenset({"mismatch"})), id="commit numbers are not compared"),
-        pytest.param(Switches(publishes_outbox=False), id="what a crash left in the outbox stays there"),
+        ("asking whether Redis lost the state", Switches(unchecked=frozenset({"lost"}))),
+        ("fence and commit numbers", Switches(unchecked=frozenset({"fenced", "mismatch"}))),
+        ("commit numbers", Switches(unchecked=frozenset({"mismatch"}))),
+        ("publishing what a crash left in the outbox", Switches(publishes_outbox=False)),
     ],
 )
-def test_with_a_guard_switched_off_the_same_seeds_report_it(switches: Switches) -> None:
+def test_with_a_guard_switched_off_the_same_seeds_report_it(
+    switched_off: str, switches: Switches, fault_row: Callable[[str, str], Row]
+) -> None:
+    row = fault_row(f"simulation, without {switched_off}", "a control: it must report losses or duplicates")
     for seed in range(CONTROL_SEEDS):
-        if run_seed(seed, switches).problems:
+        proof = run_seed(seed, switches).proof
+        if proof.missing or proof.extra or proof.out_of_order or proof.wrong or proof.state:
+            row.control(f"seed {seed}", proof)
             return
     pytest.fail(f"{CONTROL_SEEDS} seeds, and nobody misses it")
