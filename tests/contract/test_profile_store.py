@@ -771,12 +771,14 @@ FROM_KEYS = re.compile(
     r"^\s*local\s+([\w, ]+?)\s*=\s*(KEYS\[[^\]\n]*(?:\[[^\]\n]*\][^\]\n]*)*\](?:\s*,\s*KEYS\[\d+\])*)\s*$",
     re.M,
 )
+#: What looks at no key, or writes none.
+KEYLESS = re.compile(r"\bredis\.(?:acl_check_cmd|error_reply)\b")
 CALL = re.compile(r"\bredis\s*\.\s*\w+\s*\(\s*'(?P<command>\w+)'\s*,\s*(?P<key>KEYS\[|\w+)")
 
 
 def keys_made_in_lua(text: str) -> list[str]:
     """Name the calls of a script whose key is not one that it was told."""
-    code = COMMENT.sub("", text)
+    code = KEYLESS.sub("", COMMENT.sub("", text))
     told = {
         name.strip()
         for names, values in FROM_KEYS.findall(code)
