@@ -12,6 +12,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DEFAULT_GOAL := help
 SEED ?= 20261122
 SEEDS ?= 2000
+# A row with a million events or fifty kills takes longer than a test that hangs.
+FAULTS := -m faults -o faulthandler_timeout=1200
 .PHONY: help venv demo test test-kafka test-faults check format lock clean
 
 help: ## say what there is (this text)
@@ -47,9 +49,9 @@ test-faults: $(STAMP) ## try every fault, embedded and on Apache Kafka; SEED=n; 
 	rm -rf .cache/faults
 	failed=0; \
 	FAULT_SEEDS=$(SEEDS) TEST_BACKEND=embedded FAULT_ROWS=.cache/faults/embedded.json FAULT_SEED=$(SEED) \
-		$(BIN)/python -m pytest -v -m faults tests || failed=1; \
+		$(BIN)/python -m pytest -v $(FAULTS) tests || failed=1; \
 	TEST_BACKEND=apache FAULT_ROWS=.cache/faults/apache.json FAULT_SEED=$(SEED) \
-		$(BIN)/python -m pytest -v -m faults tests --ignore tests/simulation || failed=1; \
+		$(BIN)/python -m pytest -v $(FAULTS) tests --ignore tests/simulation || failed=1; \
 	$(BIN)/python -m tests.faults.table .cache/faults/embedded.json .cache/faults/apache.json && exit $$failed
 
 check: $(STAMP) ## lint, formatting, types

@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 OWNER_BYTES: Final = 8
 #: How long each part may take to stop after the drain.
 STOP_S: Final = 5.0
+#: Parts that are stopped one after the other, and one more for what none of them knows of.
+PARTS: Final = 8
 
 
 def now_ms() -> int:
@@ -184,11 +187,20 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
     # a hundred times more. Cores are for other workers.
     threadpool_limits(limits=1, user_api="blas")
     left_behind: list[str] = []
+    last_resort = threading.Timer(settings.worker.drain_deadline_s + PARTS * STOP_S, _end_here)
+    last_resort.daemon = True
     runner = asyncio.Runner()
     failure: StreamAppError | None = None
     try:
         runner.run(
-            _run(settings, left_behind, until_end=until_end, accept_gap=accept_gap, unchecked=unchecked)
+            _run(
+                settings,
+                left_behind,
+                last_resort,
+                until_end=until_end,
+                accept_gap=accept_gap,
+                unchecked=unchecked,
+            )
         )
     except StreamAppError as exc:
         failure = exc
@@ -200,12 +212,43 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
         sys.stderr.flush()
         os._exit(0 if failure is None else 1)
     runner.close()
+    for thread in threading.enumerate():
+        # The interpreter waits for them too, but without an end.
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    last_resort.cancel()
     if failure is not None:
         raise failure
 
 
+def _end_here() -> None:
+    """End the process, whatever it hangs on.
+
+    Deadlines are kept by the event loop, and Faust stops a thread by waiting for it in that loop: if the
+    thread does not end, no deadline comes.
+    """
+    print(
+        StartRefused(
+            "to stop within the deadlines (worker.drain_deadline_s)",
+            "a part of the worker that hangs",
+            "worker, on stopping",
+            "None for the state: nothing unfinished was acknowledged and the next worker goes on from the "
+            "watermark.",
+        ),
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
 async def _run(
-    settings: Settings, left_behind: list[str], *, until_end: bool, accept_gap: bool, unchecked: bool
+    settings: Settings,
+    left_behind: list[str],
+    last_resort: threading.Timer,
+    *,
+    until_end: bool,
+    accept_gap: bool,
+    unchecked: bool,
 ) -> None:
     """Start, wait for a reason to stop, stop.
 
@@ -213,7 +256,8 @@ async def _run(
     2. Start what the partitions need, then Faust, which joins the group.
     3. Wait for a signal, a failure, or the end of the log.
     4. Drain: finish the steps in hand, tell Kafka how far they got.
-    5. Stop everything, each part within `STOP_S`; what hangs is named in `left_behind`.
+    5. Stop everything, each part within `STOP_S`; what hangs is named in `left_behind`, and what blocks the
+       event loop meets the last resort, which is started when there is a reason to stop.
     """
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -268,6 +312,7 @@ async def _run(
                 if until_end:
                     reasons["end"] = asyncio.create_task(wait_until_end(worker.shell, ends))
                 done, _ = await asyncio.wait(reasons.values(), return_when=asyncio.FIRST_COMPLETED)
+            last_resort.start()
             failure = _failure(reasons, done)
             if failure is None:
                 failure = await _drain(worker, settings.worker.drain_deadline_s)

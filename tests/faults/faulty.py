@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from stream_app.adapters.log_ends import LogEnds, LogProbe
 from stream_app.adapters.partition import PartitionTask
 from stream_app.adapters.profile_store import Commit, ProfileStore
 from stream_app.adapters.publisher import Publisher
-from stream_app.adapters.transport import Log, Slice, SliceConsumerThread
+from stream_app.adapters.transport import Log, Slice, SliceApp, SliceConsumerThread
 from stream_app.core import step
 from stream_app.errors import StoreUnavailable
 from tests.faults.unsafe import UNSAFE, UnsafeSwitch
@@ -50,7 +51,9 @@ POINTS: Final[tuple[Point, ...]] = get_args(Point)
 #: ``ids``: what is published out of the outbox again gets another id. ``committed``: of a log with
 #: transactions all is read. ``ask``: the timer does not ask the log whether more is to come. ``replay``:
 #: Kafka hears of every watermark, also in the middle of a replay. ``appended``: the log ends where all its
-#: replicas have it. ``definitions``: everybody counts as evaluated under the present definitions.
+#: replicas have it. ``definitions``: everybody counts as evaluated under the present definitions. ``stop``:
+#: stopping Faust takes for ever, and the event loop with it; all other deadlines are short. ``prompt``: what
+#: was fetched reaches its partition `HASTE_S` later.
 ServiceSwitch = Literal[
     "outbox",
     "fence",
@@ -62,6 +65,8 @@ ServiceSwitch = Literal[
     "committed",
     "ask",
     "replay",
+    "stop",
+    "prompt",
     "appended",
     "definitions",
 ]
@@ -265,6 +270,20 @@ def _switch_off(switch: str) -> None:
             return {}
 
         _replace(LogProbe, "_appended", nothing)
+    elif switch == "prompt":
+        submit = Assignment.submit
+
+        def later(assignment: Assignment, part: Slice, acknowledge: Callable[[], object]) -> None:
+            asyncio.get_running_loop().call_later(HASTE_S, submit, assignment, part, acknowledge)
+
+        _replace(Assignment, "submit", later)
+    elif switch == "stop":
+        app.STOP_S = HASTE_S  # type: ignore[misc]
+
+        async def stop(faust: SliceApp) -> None:
+            threading.Event().wait()
+
+        _replace(SliceApp, "stop", stop)
     elif switch == "replay":
 
         def report(task: PartitionTask, owned: partition._Owned) -> None:

@@ -32,6 +32,7 @@ RECORDS = 30_000
 #: How long the group may take over something that happened before the next thing does.
 SETTLE_S = 10.0
 HOLD_DEADLINE_S = 20.0
+SELF_KILLED = "SIGKILL before a publication"
 GAVE_UP = "gave up waiting for the group"
 MOST_GIVING_UP = 6
 
@@ -84,7 +85,7 @@ class Storm:
             self.workers.remove(worker)
             status = worker.wait(1)
             assert status == KILLED or gave_up(worker), worker.log
-            self.happened["SIGKILL before a publication" if status == KILLED else GAVE_UP] += 1
+            self.happened[SELF_KILLED if status == KILLED else GAVE_UP] += 1
 
     def strike(self) -> None:
         """Let one thing happen to one worker."""
@@ -99,7 +100,7 @@ class Storm:
         self.happened[what] += 1
         if what == "start":
             # Every other one kills itself where most could be lost.
-            kills: list[tuple[Point, int] | None] = [("after commit", self.rng.randint(5, 30)), None]
+            kills: list[tuple[Point, int] | None] = [("after commit", self.rng.randint(3, 12)), None]
             kill = self.rng.choice(kills)
             self.workers.append(self.stage.start_faulty("worker", kill=kill, without=self.without))
         elif what == "SIGCONT":
@@ -120,7 +121,7 @@ class Storm:
     def rage(self, changes: int) -> None:
         """Strike until every partition has changed hands so often; then all is quiet."""
         deadline_s = time.monotonic() + 300
-        while min(self.changes()) < changes:
+        while min(self.changes()) < changes or not self.happened[SELF_KILLED]:
             assert time.monotonic() < deadline_s, f"{self.changes()}, {self.happened}"
             self.strike()
             # Some things happen while the group is still busy with what happened before.

@@ -96,6 +96,8 @@ def watched(stage: FaultStage, port: int, module: str = "stream_app") -> Watched
     environment = {**stage.environment, "STREAM_APP__WORKER__HTTP_PORT": str(port)}
     worker = stage.programs.start("worker", *stage.options, environment=environment, module=module)
     found = Watched(stage, worker, port)
+    worker.wait_until(lambda: probe(port, "livez")[0] != 0, 60, "answering")
+    assert found.answers()[0] == 200, "it is alive while it joins the group"
     worker.wait_until(lambda: stage.is_done(ends), 60, "done")
     found.wait_for(200, 200, 10, "well")
     return found

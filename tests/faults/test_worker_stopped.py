@@ -12,7 +12,7 @@ from typing import Final, Literal
 
 import pytest
 
-from stream_app.app import STOP_S
+from stream_app.app import PARTS, STOP_S
 from tests.backends import read_to_end
 from tests.e2e.proof import prove
 from tests.faults.conftest import Proxied
@@ -153,8 +153,6 @@ def test_a_zombie_with_a_commit_to_publish_only_repeats_what_was_said(
 
 How = Literal["refuse", "blackhole"]
 WORDS: Final[dict[How, str]] = {"refuse": "refuses", "blackhole": "does not answer"}
-#: Everything that the worker stops, one after the other, may take `STOP_S`: see `stream_app.app`.
-PARTS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,3 +242,29 @@ def test_sigterm_while_kafka_is_away_ends_the_worker_and_the_next_one_loses_noth
     end_without(proxied_kafka, control, how, without=("retries", "hold"))
     control.run("worker", "--until-end")
     row.control("a message that failed counts as published", prove(control.case))
+
+
+def test_sigterm_ends_a_worker_of_which_a_part_hangs(
+    kafka_bootstrap: str,
+    fresh_redis: str,
+    stage_on: Callable[..., FaultStage],
+    fault_row: Callable[[str, str], Row],
+) -> None:
+    row = fault_row(
+        "SIGTERM while Faust hangs, and the event loop with it",
+        "the worker ends in time, says why, exits 1; the next one loses nothing",
+    )
+    stage = stage_on(kafka_bootstrap, fresh_redis, worker__drain_deadline_s=DRAIN_DEADLINE_S)
+    total = stage.fill()
+    worker = stage.start_faulty("worker", without=("stop",))
+    worker.wait_until(lambda: stage.folded() > 500, 60, "at work")
+    asked_s = time.monotonic()
+    worker.terminate()
+    status = worker.wait(DRAIN_DEADLINE_S + PARTS * STOP_S + EXIT_SLACK_S)
+    last = worker.log.strip().splitlines()[-1]
+    Ended(status, time.monotonic() - asked_s, last).in_time(row)
+    assert "a part of the worker that hangs" in last
+    assert stage.folded() < total
+    stage.run("worker", "--until-end")
+    row.judge(prove(stage.case))
+    row.note("no control: what is checked is that it ends")

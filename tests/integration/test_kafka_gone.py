@@ -1,4 +1,4 @@
-"""A worker whose Kafka is gone: held, unready, alive, and ended within its deadlines."""
+"""A worker whose Kafka is gone: held, unready, soon not alive, and ended within its deadlines."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def start(
     return start
 
 
-def test_a_worker_whose_kafka_is_gone_is_unready_but_alive_and_gives_up_with_a_sentence(
+def test_a_worker_whose_kafka_is_gone_is_unready_at_once_and_gives_up_with_a_sentence(
     start: Callable[..., Running],
 ) -> None:
     running = start(STREAM_APP__WORKER__HOLD_DEADLINE_S=str(HOLD_S))
@@ -79,6 +79,7 @@ def test_a_worker_whose_kafka_is_gone_is_unready_but_alive_and_gives_up_with_a_s
     running.kill_broker()
     gone_s = time.monotonic()
     running.worker.wait_until(lambda: running.status("readyz") == 503, 30, "unready")
+    # Later, when the coordinator has been silent for 6 s, it is not: see tests/faults/test_watchdog.py.
     assert running.status("livez") == 200
     assert running.worker.wait(HOLD_S + STOP_SLACK_S + 60) == 1
     assert time.monotonic() - gone_s >= HOLD_S

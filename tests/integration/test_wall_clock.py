@@ -8,7 +8,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -351,12 +351,13 @@ def test_a_worker_back_from_an_outage_expires_nobody_whose_events_wait_in_the_lo
 STAY, LEAVE = [f"stay-{n}" for n in range(12)], [f"leave-{n}" for n in range(12)]
 
 
-def freeze(stage: Stage, without: Sequence[Switch] = ()) -> tuple[dict[str, int], float]:
+def freeze(stage: Stage, *without: Switch) -> tuple[dict[str, int], float]:
     """Stop a worker until exits are past due, with events for half the users waiting; let it end its work.
 
+    The events are slow to come when it goes on: the timer is at it before they are there.
     Returns when the users would have left but for those events, and for how many seconds it stood still.
     """
-    worker = stage.start_faulty("worker", without=without, kafka__session_timeout_s=10)
+    worker = stage.start_faulty("worker", without=("prompt", *without), kafka__session_timeout_s=10)
     worker.wait_until(lambda: len(claims(worker)) == PARTITIONS, 60, "at work")
     stage.send(burst("first", STAY + LEAVE, count=4))  # they weigh 8: gone three half-lives later
     exits = all_entered(stage, worker, STAY + LEAVE)
@@ -390,7 +391,7 @@ def test_a_worker_stopped_for_seconds_expires_nobody_whose_events_wait_in_the_lo
     row.note(f"frozen for {frozen_s:.1f} s; no false exit among {len(STAY)} users with events waiting")
 
     control = stage_again()
-    exits, _ = freeze(control, without=("ask",))
+    exits, _ = freeze(control, "ask")
     said = left_at(control, STAY)
     assert any(exits[user] in said[user] for user in STAY), "nobody was let go falsely"
     row.control("the log's end not asked", prove(control.case, now_ms()))
