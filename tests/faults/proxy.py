@@ -283,9 +283,9 @@ class Proxy:
         if link.is_half_open or to.is_closing():
             return
         with contextlib.suppress(OSError):
+            self.forwarded += len(chunk)  # first: who has been answered finds it counted
             to.write(chunk)
             await to.drain()
-            self.forwarded += len(chunk)
 
     async def _chunks(self, reader: asyncio.StreamReader) -> AsyncGenerator[tuple[bytes, float], None]:
         """Yield what comes, and when it came; it is read on while the last of it waits for its turn."""
