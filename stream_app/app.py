@@ -187,7 +187,8 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
     # a hundred times more. Cores are for other workers.
     threadpool_limits(limits=1, user_api="blas")
     left_behind: list[str] = []
-    last_resort = threading.Timer(settings.worker.drain_deadline_s + PARTS * STOP_S, _end_here)
+    failures: list[BaseException] = []
+    last_resort = threading.Timer(settings.worker.drain_deadline_s + PARTS * STOP_S, _end_here, [failures])
     last_resort.daemon = True
     runner = asyncio.Runner()
     failure: StreamAppError | None = None
@@ -196,6 +197,7 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
             _run(
                 settings,
                 left_behind,
+                failures,
                 last_resort,
                 until_end=until_end,
                 accept_gap=accept_gap,
@@ -221,13 +223,14 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
         raise failure
 
 
-def _end_here() -> None:
-    """End the process, whatever it hangs on.
+def _end_here(failures: list[BaseException]) -> None:
+    """End the process, whatever it hangs on, and say first why it was to stop.
 
     Deadlines are kept by the event loop, and Faust stops a thread by waiting for it in that loop: if the
     thread does not end, no deadline comes.
     """
     print(
+        *failures,
         StartRefused(
             "to stop within the deadlines (worker.drain_deadline_s)",
             "a part of the worker that hangs",
@@ -235,6 +238,7 @@ def _end_here() -> None:
             "None for the state: nothing unfinished was acknowledged and the next worker goes on from the "
             "watermark.",
         ),
+        sep="\n",
         file=sys.stderr,
         flush=True,
     )
@@ -244,6 +248,7 @@ def _end_here() -> None:
 async def _run(
     settings: Settings,
     left_behind: list[str],
+    failures: list[BaseException],
     last_resort: threading.Timer,
     *,
     until_end: bool,
@@ -316,6 +321,8 @@ async def _run(
             failure = _failure(reasons, done)
             if failure is None:
                 failure = await _drain(worker, settings.worker.drain_deadline_s)
+            if failure is not None:
+                failures.append(failure)
             logger.info("%s", worker.shell.metrics.summary())
         finally:
             at_the_end("background tasks", lambda: end_tasks(reasons.values()))
@@ -360,14 +367,16 @@ def _failure(reasons: dict[str, asyncio.Task[Any]], done: set[asyncio.Task[Any]]
     return None
 
 
-async def _drain(worker: Worker, deadline_s: float) -> StreamAppError | None:
+async def _drain(worker: Worker, deadline_s: float) -> BaseException | None:
     """Finish the steps in hand and tell Kafka, within the deadline; return what kept that from being done."""
 
     async def drain() -> None:
         await worker.assignment.drain()
         await worker.log.commit()
 
-    if not await _ends_within(drain(), deadline_s):
+    draining = asyncio.ensure_future(drain())
+    done, _ = await asyncio.wait({draining}, timeout=deadline_s)
+    if not done or draining.cancelled():
         held = "; ".join(str(task.held_by) for task in worker.assignment if task.held_by)
         return StartRefused(
             f"to finish the work in hand within {deadline_s:g} s (worker.drain_deadline_s)",
@@ -376,7 +385,10 @@ async def _drain(worker: Worker, deadline_s: float) -> StreamAppError | None:
             "None for the state: nothing unfinished was acknowledged and the next worker goes on from the "
             "watermark.",
         )
-    return next((task.held_by for task in worker.assignment if task.held_by), None)
+    failure = worker.assignment.failure or draining.exception()
+    if isinstance(failure, KafkaError):
+        return told(failure, "Kafka, commit of the offsets")
+    return failure or next((task.held_by for task in worker.assignment if task.held_by), None)
 
 
 async def _ends_within(work: Coroutine[Any, Any, Any], deadline_s: float) -> bool:

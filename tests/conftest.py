@@ -27,6 +27,7 @@ LOG_SHOWN_CHARS = 20_000
 _programs = pytest.StashKey[Programs]()
 _row = pytest.StashKey[Row]()
 _rows = pytest.StashKey[list[Row]]()
+_failed = pytest.StashKey[dict[str, None]]()
 _began_s = pytest.StashKey[float]()
 
 
@@ -46,12 +47,19 @@ def pytest_report_header() -> list[str]:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     session.config.stash[_rows] = []
+    session.config.stash[_failed] = {}
     session.config.stash[_began_s] = time.monotonic()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    stash = session.config.stash
-    rows.write(stash[_rows], servers(), time.monotonic() - stash[_began_s])
+    write_rows(session.config)
+
+
+def write_rows(config: pytest.Config) -> None:
+    """Write down what there is: a run that is cut off keeps the rows that it has."""
+    stash = config.stash
+    failed = stash[_failed]
+    rows.write(stash[_rows], list(failed), servers(), time.monotonic() - stash[_began_s])
 
 
 @pytest.fixture
@@ -194,6 +202,10 @@ def pytest_runtest_makereport(
     row = item.stash.get(_row, None)
     if row is not None and (call.when == "call" or report.outcome != "passed"):
         row.outcome = report.outcome
+    if report.failed:
+        item.config.stash[_failed][item.nodeid] = None
+    if row is not None and call.when == "teardown":
+        write_rows(item.config)
     if report.failed and _programs in item.stash:
         for program in item.stash[_programs].started:
             report.sections.append((f"log of {program.name}", program.log[-LOG_SHOWN_CHARS:]))

@@ -110,6 +110,11 @@ class Assignment:
 
     # What the worker asks and tells.
 
+    @property
+    def failure(self) -> BaseException | None:
+        """Why a partition could not go on, ``None`` if all could."""
+        return self._failure.result() if self._failure is not None and self._failure.done() else None
+
     async def drain(self) -> None:
         """Let every partition finish its step in hand, and end them all."""
         self._draining = True

@@ -15,6 +15,7 @@ from redis.exceptions import NoPermissionError, RedisError
 from stream_app.adapters.kafka_admin import KafkaAdmin
 from stream_app.adapters.redis_client import Client, Cluster, info_of_nodes
 from stream_app.adapters.redis_security import refusal
+from stream_app.core.decay import NEVER_MS
 from stream_app.errors import StartRefused
 from stream_app.settings import Settings
 
@@ -169,7 +170,8 @@ async def check_kafka(admin: KafkaAdmin, settings: Settings) -> tuple[list[Findi
             retention = int(config["retention.ms"])
             # A segment is deleted as a whole, when its last record is old enough.
             segment_ms = int(config.get("segment.ms", DEFAULT_SEGMENT_MS))
-            retention_ms = None if retention == UNLIMITED else retention + segment_ms
+            kept_ms = retention + segment_ms
+            retention_ms = None if retention == UNLIMITED or kept_ms >= NEVER_MS else kept_ms
     if cluster.cluster_id is None:
         findings.append(
             Finding(

@@ -47,6 +47,7 @@ class Health:
     metrics: Metrics
     monotonic_s: Callable[[], float]
     _well_s: dict[int, float] = field(default_factory=dict)
+    _readable: dict[int, int] = field(default_factory=dict)
     _coordinator_seen_s: float = 0.0
     _looked_s: float | None = None
 
@@ -101,6 +102,7 @@ class Health:
             self.metrics.partitions.set(sum(task.is_serving for task in tasks))
             for gone in self._well_s.keys() - {task.partition for task in tasks}:
                 del self._well_s[gone]
+                self._readable.pop(gone, None)
                 self.metrics.lag.remove(str(gone))
             await asyncio.gather(*map(self._look_at, tasks))
             await asyncio.sleep(LOOK_EVERY_S)
@@ -109,16 +111,18 @@ class Health:
         """Take note of a partition's lag, and of whether it stands still for a good reason."""
         partition, now_s = task.partition, self.monotonic_s()
         self._well_s.setdefault(partition, now_s)
+        watermark = task.watermark
         try:
             ends = await asyncio.wait_for(self.probe.ends(partition), LOOK_EVERY_S)
         except (StreamAppError, TimeoutError):
-            # Kafka does not tell; the coordinator's silence speaks for itself.
-            ends = None
-        watermark = task.watermark
-        if ends is not None and watermark is not None:
-            self.metrics.lag.labels(str(partition)).set(max(0, ends.end - watermark))
-        # Behind a transaction that is still open there is nothing to read for us.
-        nothing_to_do = ends is None or (watermark is not None and watermark >= ends.readable)
+            # Kafka is slow, or does not tell: what it told last still stands there to be read.
+            readable = self._readable.get(partition)
+        else:
+            # Behind a transaction that is still open there is nothing to read for us.
+            readable = self._readable[partition] = ends.readable
+            if watermark is not None:
+                self.metrics.lag.labels(str(partition)).set(max(0, ends.end - watermark))
+        nothing_to_do = readable is None or (watermark is not None and watermark >= readable)
         if nothing_to_do or task.held_by is not None:
             self._well_s[partition] = now_s
 

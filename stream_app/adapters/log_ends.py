@@ -202,8 +202,8 @@ class LogProbe:
                     stable = self._consumer.last_stable_offset(tp)
                     # Brokers from before transactions do not tell, some tell it only to readers of
                     # committed records.
-                    told = stable is not None and stable >= 0
-                    readable[tp] = min(stable, ends[tp]) if told else ends[tp]
+                    tells = stable is not None and stable >= 0
+                    readable[tp] = min(stable, ends[tp]) if tells else ends[tp]
         self._consumer.unsubscribe()
         return ends, readable
 
@@ -212,7 +212,7 @@ class LogProbe:
         client = self._consumer._client
         by_leader: dict[int, list[tuple[int, int]]] = {}
         for tp in tps:
-            # Known, since it has just answered; if it has changed since, the answer is an error.
+            # Known, since it has just answered; a former leader would tell its own end, which does no harm.
             by_leader.setdefault(client.cluster.leader_for_partition(tp), []).append((tp.partition, LATEST))
         requests = (
             client.send(leader, OffsetRequest(DEBUGGING_REPLICA, 0, [(self._topic, asked)]))

@@ -214,7 +214,7 @@ class PartitionTask:
         if self._held_by is None and self._publishing_since_s is not None:
             waited_s = self._shell.monotonic_s() - self._publishing_since_s
             if waited_s > PUBLISHED_WITHIN_S:
-                return StoreUnavailable("Kafka, publish", f"no acknowledgement for {waited_s:.0f} s")
+                return StoreUnavailable("Kafka, publish", f"not all acknowledged for {waited_s:.0f} s")
         return self._held_by
 
     @property
@@ -318,6 +318,8 @@ class PartitionTask:
         )
         wm = claim.watermark
         self._memory.last_epoch = wm.epoch
+        # What is folded again, or was there before the service, stays so if Redis is lost in the middle.
+        self._memory.processed_below = max(self._memory.processed_below, wm.replayed_below)
         owned = _Owned(
             epoch=wm.epoch,
             commit=wm.commit,
@@ -553,6 +555,7 @@ class PartitionTask:
         for reason, count in reasons.items():
             shell.metrics.dead_letters.labels(reason).inc(count)
         self._count(transitions)
+        self._held_since_s = None
         self._fuse.count(len(part.records), reasons.total())
 
     def _discover(
@@ -750,6 +753,7 @@ class PartitionTask:
         if changed:
             await self._commit(owned, self._step(changed, before), self._messages(transitions, replayed))
             self._count(transitions)
+            self._held_since_s = None
         return bool(changed)
 
     def _check_definitions(self, owned: _Owned, profile: Profile) -> None:
@@ -812,7 +816,8 @@ class PartitionTask:
             expires_at_ms = {
                 user_id: profile.forget_ms + margin_ms
                 for user_id, profile in profiles.items()
-                if not profile.memberships
+                # Redis breaks a script off, half done, at an instant that is no integer of its own.
+                if not profile.memberships and profile.forget_ms + margin_ms < NEVER_MS
             }
         return Commit(profiles=profiles, before=before, expires_at_ms=expires_at_ms)
 
@@ -845,7 +850,6 @@ class PartitionTask:
         self.moved_s = self._shell.monotonic_s()
         if outgoing:
             await self._publish(outgoing)
-        self._held_since_s = None
 
     async def _publish(self, messages: Sequence[Outgoing]) -> None:
         self._publishing_since_s = self._shell.monotonic_s()

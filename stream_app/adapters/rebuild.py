@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from stream_app.adapters.profile_store import META_KEY, keys
 from stream_app.adapters.redis_client import Client, walk
-from stream_app.adapters.redis_security import refusal
+from stream_app.adapters.redis_security import refusal, words_of
 from stream_app.errors import StoreUnavailable
 
 __all__ = ["forget_everything", "forget_model"]
@@ -63,7 +63,7 @@ async def forget_everything(client: Client, partitions: int, progress: Callable[
         for key in [META_KEY, *sorted(marked)]:
             deleted += int(await redis.delete(key))
     except (RedisError, OSError) as exc:
-        failure = StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}")
+        failure = StoreUnavailable("Redis, rebuild", words_of(exc))
         raise refusal(exc, "Redis, rebuild") or failure from exc
     return deleted
 
@@ -96,6 +96,6 @@ async def forget_model(client: Client, partitions: int) -> int:
             await redis.hdel(names.wm, "checkpoint")
             forgotten += int(await redis.delete(names.model, names.model_deltas)) > 0
     except (RedisError, OSError) as exc:
-        failure = StoreUnavailable("Redis, rebuild", f"{type(exc).__name__}: {exc}")
+        failure = StoreUnavailable("Redis, rebuild", words_of(exc))
         raise refusal(exc, "Redis, rebuild") or failure from exc
     return forgotten

@@ -15,10 +15,26 @@ from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissi
 
 from stream_app.errors import StartRefused
 
-__all__ = ["not_admitted", "refusal"]
+__all__ = ["not_admitted", "refusal", "words_of"]
 
 #: How Redis, and Redis 7.0, say it of a command inside a script; the error's code is not that of a right.
 _DENIED_IN_SCRIPT: Final = ("ACL failure in script", "The user executing the script can't")
+
+
+def words_of(failure: BaseException) -> str:
+    """Return what Redis and its client say of a failure, in one line, without the keys that they name.
+
+    Examples
+    --------
+    >>> words_of(RedisError("No permissions to access the 'sa:{0}:profile:ann' key."))
+    "RedisError: No permissions to access the 'sa:...' key"
+    >>> words_of(RedisError("Command # 1 (UNLINK sa:{0}:profile:ann) of pipeline caused error: gone"))
+    'RedisError: A command of a pipeline caused error: gone'
+    """
+    said = " ".join(str(failure).split()).rstrip(".")
+    said = re.sub(r"Command # \d+ \(.*\) of pipeline", "A command of a pipeline", said)
+    # A user may stand in the name of a key.
+    return f"{type(failure).__name__}: " + re.sub(r"'sa:.*'", "'sa:...'", said)
 
 
 def not_admitted(failure: BaseException, where: str) -> StartRefused | None:
@@ -42,9 +58,7 @@ def not_admitted(failure: BaseException, where: str) -> StartRefused | None:
     >>> print(not_admitted(denied, "Redis, commit"))  # doctest: +ELLIPSIS
     Redis, commit: ... User app has no permissions to access the 'sa:...' key. Operator action: Give ...
     """
-    # Of a key that is denied inside a script Redis tells the name, in which a user may stand.
-    said = re.sub(r"'sa:.*'", "'sa:...'", " ".join(str(failure).split()).rstrip("."))
-    got = f"{type(failure).__name__}: {said}"
+    got = words_of(failure)
     if isinstance(failure, NoPermissionError | AuthorizationError) or (
         isinstance(failure, RedisError) and any(text in got for text in _DENIED_IN_SCRIPT)
     ):

@@ -32,6 +32,7 @@ The contract tests (tests/contract/test_faust_contract.py) hold each of these ag
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar, cast
@@ -288,9 +289,14 @@ class SliceConsumer(faust_aiokafka.Consumer):
 
     async def in_thread(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the thread that talks to Kafka and wait for its result."""
-        return await asyncio.wrap_future(
-            asyncio.run_coroutine_threadsafe(coroutine, self._thread.thread_loop)
-        )
+        try:
+            return await asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(coroutine, self._thread.thread_loop)
+            )
+        finally:
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                # The thread has ended before it began; Python would complain behind the worker's last word.
+                coroutine.close()
 
     async def getmany(
         self,

@@ -37,8 +37,8 @@ def worker(
     many as the events topic has partitions; they share the work, and one that dies is replaced by the others.
     Nothing is lost either way: a new worker goes on where Redis says that the last one stood.
 
-    What was in the topic before this service's first worker is history: with the wall clock its transitions
-    say `"replayed": true`, so that no campaign acts on the past.
+    What was in the topic before this service's first worker is history: with the wall clock the transitions
+    of these records say `"replayed": true`, so that no campaign acts on them.
 
     It refuses to start on anything that would break its promises, with what to do; `stream-app topics`
     creates the topics that it needs.

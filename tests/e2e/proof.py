@@ -64,6 +64,8 @@ class Proof:
     dead_letters: int = 0
     repeats: int = 0
     replayed: int = 0
+    #: Records that lie beyond the watermarks.
+    unfolded: int = 0
     missing: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -113,10 +115,14 @@ def prove(case: Case, until_ms: int | None = None) -> Proof:
         profiles[partition] = verdict.profiles
         assert verdict.stream_time_ms is not None
         stream_times[partition] = verdict.stream_time_ms
-    compare_transitions(proof, names, expected, said)
+    compare_transitions(proof, names, expected, said, may_begin_replayed=case.clock == "wall")
     at_ms = {p: max(s, until_ms or s) for p, s in stream_times.items()}
     with case.open_redis() as client, Lookup(case.redis_url, cluster=case.cluster) as lookup:
         compare_state(proof, client, lookup.meta().weights, profiles, stream_times, at_ms)
+        watermarks = {r.partition: client.hget(f"sa:{{{r.partition}}}:wm", "watermark") for r in log}
+    proof.unfolded = sum(r.offset >= int(watermarks[r.partition] or 0) for r in log)
+    if proof.unfolded:
+        proof.state.append(f"{proof.unfolded} records lie beyond the watermarks")
     return proof
 
 
@@ -153,10 +159,20 @@ def compare_dead_letters(proof: Proof, bad: set[tuple[int, int]], said: Iterable
 
 
 def compare_transitions(
-    proof: Proof, names: Names, expected: list[OracleTransition], said: Iterable[Any]
+    proof: Proof,
+    names: Names,
+    expected: list[OracleTransition],
+    said: Iterable[Any],
+    *,
+    may_begin_replayed: bool = True,
 ) -> None:
-    """Compare what consumers of the two topics read with what the oracle says, and their order."""
+    """Compare what consumers of the two topics read with what the oracle says, and their order.
+
+    With the wall clock what was in the topic before the first worker is called replayed at first sight; with
+    the event clock nothing is: whoever may not act on the first may never act.
+    """
     messages: dict[str, dict[str, Any]] = {}
+    latest_of_user: dict[tuple[str, str], int] = {}
     latest: dict[tuple[str, str, str], tuple[int, int]] = {}
     for record in said:
         message = json.loads(record.value)
@@ -177,7 +193,12 @@ def compare_transitions(
             if {**first, "replayed": False} != {**message, "replayed": False}:
                 proof.wrong.append(f"{where}: the id {message['id']} was said with another content before")
             continue
+        if message["replayed"] and not may_begin_replayed:
+            proof.wrong.append(f"{where}: called replayed at first sight")
         place = (unix_ms(message["time"]), message["seq"])
+        if place[0] < latest_of_user.get((message["user_id"], status), -1):
+            proof.out_of_order.append(f"{where}: {place} after what the user did later")
+        latest_of_user[(message["user_id"], status)] = place[0]
         owner = (message["user_id"], message["segment_id"], status)
         if place <= latest.get(owner, (-1, 0)):
             proof.out_of_order.append(f"{where}: {place} after {latest[owner]}")
@@ -249,6 +270,9 @@ def compare_state(
             for user, score in client.zrange(key, 0, -1, withscores=True):
                 exits_at = None if score >= NEVER_MS else int(score)
                 members.setdefault(user.decode(), {})[segment] = exits_at
+        profile_keys = {key.decode() for key in client.scan_iter(match=f"{prefix}profile:*", count=1000)}
+        ghosts = profile_keys - {f"{prefix}profile:{user_id}" for user_id in users}
+        proof.state += [f"{key} is unknown to the oracle" for key in sorted(ghosts)]
         for user_id, expected in users.items():
             blob = client.get(f"{prefix}profile:{user_id}")
             held = members.pop(user_id, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -17,6 +18,8 @@ from tests.faults.proxy import Proxy
 from tests.faults.stage import FaultStage
 from tests.integration.stage import event_clock_case
 from tests.processes import Programs
+
+PATIENCE_S = 900
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,14 @@ def stage_on(programs: Programs, tmp_path: Path) -> Callable[..., FaultStage]:
 def stage(kafka_bootstrap: str, fresh_redis: str, stage_on: Callable[..., FaultStage]) -> FaultStage:
     """A stage on the session's own servers, with nothing in its topics."""
     return stage_on(kafka_bootstrap, fresh_redis)
+
+
+@pytest.fixture
+def patience() -> Iterator[None]:
+    """Let a test of many lives take longer than others before it is taken for one that hangs."""
+    faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

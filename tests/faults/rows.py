@@ -33,11 +33,6 @@ def seed() -> int:
     return int(os.environ.get("FAULT_SEED", FIRST_SEED))
 
 
-def repetitions(usual: int) -> int:
-    """Return how often something random is to be tried: ``FAULT_SEEDS``, else `usual`."""
-    return int(os.environ.get("FAULT_SEEDS", usual))
-
-
 @dataclass(slots=True)
 class Row:
     """One scenario of the table; see the module.
@@ -100,6 +95,8 @@ class Row:
             "wrong": len(proof.wrong) + len(proof.state),
         }
         said = ", ".join(f"{count} {name}" for name, count in found.items() if count)
+        if proof.unfolded:
+            said += f" ({proof.unfolded} records left unfolded)"
         print(f"{self.scenario}, control, {switched_off}: {proof}")
         assert said, (
             f"{self.scenario}: with {switched_off} nothing was found: the run proves nothing\n{proof}"
@@ -111,7 +108,7 @@ class Row:
         self.notes.append(fact)
 
 
-def write(rows: list[Row], servers: str, seconds: float) -> None:
+def write(rows: list[Row], failed: list[str], servers: str, seconds: float) -> None:
     """Write the rows of a run to the file that the environment names, if it names one."""
     path = os.environ.get("FAULT_ROWS")
     if not path:
@@ -122,6 +119,7 @@ def write(rows: list[Row], servers: str, seconds: float) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "seed": seed(),
         "seconds": round(seconds),
+        "failed": failed,
         "rows": [asdict(row) for row in rows],
     }
     Path(path).write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n")

@@ -41,8 +41,9 @@ came again with the id that they had (*repeats*: consumers drop them by id).
 - *Lost*: the oracle says it, the service did not. *Duplicated*: the service said it, the oracle does not,
   after dropping repeats. *Out of order*: not in the order of time and `seq`, at first sight. *Wrong*: another
   content, or other state in Redis. *holds*: the row promises something else, and its test holds it to that.
-- *Control*: the same scenario with a protection switched off ([`faulty.py`](faulty.py)), and what the judge
-  then found. A row whose control finds nothing fails.
+- *Control*: the scenario with a protection switched off ([`faulty.py`](faulty.py)), or what else must be seen
+  to fail, and what the judge then found; a control that finds nothing fails its row. A row without one
+  promises something other than zeros, or stands beside one that has it.
 
 Machine: {machine}.
 
@@ -57,8 +58,7 @@ def page(runs: Sequence[Mapping[str, Any]], command: str) -> str:
     for column, run in enumerate(runs):
         for row in run["rows"]:
             by_row.setdefault((row["test"], row["scenario"]), {})[column] = row
-    rows = [row for run in runs for row in run["rows"]]
-    lines = [INTRODUCTION.format(command=command, verdict=_verdict(rows), machine=_machine())]
+    lines = [INTRODUCTION.format(command=command, verdict=_verdict(runs), machine=_machine())]
     for run in runs:
         lines.append(
             f"| {run['servers']} | {_versions(run['servers'])} | {run['date']} | {run['seed']} | "
@@ -70,25 +70,31 @@ def page(runs: Sequence[Mapping[str, Any]], command: str) -> str:
     for (test, scenario), found in sorted(by_row.items()):
         cells = " | ".join(_cell(found.get(column)) for column in range(len(runs)))
         latest = found[max(found)]
-        controls = "<br>".join(map(_text, next((r["controls"] for r in found.values() if r["controls"]), [])))
+        controls = "<br>".join(
+            _text(f"{runs[column]['servers'].split(',')[0]}, {control}")
+            for column, row in sorted(found.items())
+            for control in row["controls"]
+        )
         lines.append(
             f"| {_text(scenario)} | {_text(latest['guarantee'])} | {cells} | {controls} | `{_test(test)}` |\n"
         )
     return "".join(lines)
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+def _verdict(runs: Sequence[Mapping[str, Any]]) -> str:
+    rows = [row for run in runs for row in run["rows"]]
+
     def total(name: str) -> int:
         return sum(int(row[name]) for row in rows)
 
-    failed = [row["scenario"] for row in rows if row["outcome"] == "failed"]
+    failed = [_test(test) for run in runs for test in run["failed"]]
     skipped = sum(row["outcome"] == "skipped" for row in rows)
     controls = sum(len(row["controls"]) for row in rows)
     said = (
         f"{len(rows)} rows, {total('runs')} judged runs over {total('events'):,} events and "
         f"{total('transitions'):,} transitions: {total('lost')} lost, {total('duplicated')} duplicated, "
         f"{total('out_of_order')} out of order, {total('wrong')} wrong; {total('repeats'):,} repeats; "
-        f"{controls} controls, each with a finding; {skipped} rows skipped, {len(failed)} failed"
+        f"{controls} controls, each with a finding; {skipped} rows skipped, {len(failed)} tests failed"
     )
     return said + (f" ({'; '.join(failed)})." if failed else ".")
 
@@ -142,9 +148,7 @@ def main(arguments: Sequence[str]) -> None:
     runs = [json.loads(Path(path).read_text()) for path in arguments]
     command = f"make test-faults SEED={runs[0]['seed']}"
     PAGE.write_text(page(runs, command))
-    print(
-        f"written: {PAGE.relative_to(Path.cwd())}, {_verdict([row for run in runs for row in run['rows']])}"
-    )
+    print(f"written: {PAGE.relative_to(Path.cwd())}, {_verdict(runs)}")
 
 
 if __name__ == "__main__":

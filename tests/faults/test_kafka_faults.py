@@ -205,8 +205,8 @@ def test_an_output_topic_that_is_unavailable_for_a_minute_is_waited_for(
         worker.terminate()
         assert worker.wait(DONE_WITHIN_S) == 0, worker.log
 
-    began_s = time.monotonic()
     stage, worker = begun([], held=PARTITIONS)
+    began_s = time.monotonic()
     stood_at = stage.folded()
     while time.monotonic() < began_s + OUTAGE_S:
         assert probe(port, "livez") == (200, "ok\n"), worker.log

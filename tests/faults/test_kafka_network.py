@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import pytest
@@ -13,8 +13,8 @@ from tests.e2e.proof import prove
 from tests.faults.conftest import Proxied
 from tests.faults.faulty import Switch
 from tests.faults.proxy import Proxy
-from tests.faults.rows import Row
-from tests.faults.stage import FaultStage
+from tests.faults.rows import Row, seed
+from tests.faults.stage import FaultStage, fault_log
 from tests.integration.stage import claims, session_timeout_s
 from tests.processes import Program
 
@@ -40,9 +40,9 @@ class Tried:
         self.row, self.proxy, self._build = row, proxy, build
         self.stage = build()
 
-    def run(self, fault: Callable[[Program], None]) -> None:
+    def run(self, fault: Callable[[Program], None], events: int = EVENTS) -> None:
         """Let the fault happen to the service as it is: nothing may be lost."""
-        self.stage.fill(EVENTS)
+        self.stage.fill(events)
         worker = self.stage.start("worker")
         fault(worker)
         ends = self.stage.log_ends()
@@ -56,10 +56,12 @@ class Tried:
         self.stage.flush()
         self.stage = self._build()
 
-    def control(self, without: Sequence[Switch], fault: Callable[[Program], None]) -> None:
+    def control(
+        self, without: Sequence[Switch], fault: Callable[[Program], None], events: int = EVENTS
+    ) -> None:
         """Let it happen again to a service without some protections: that must be seen."""
         self.anew()
-        self.stage.fill(EVENTS)
+        self.stage.fill(events)
         worker = self.stage.start_faulty("worker", without=without)
         fault(worker)
         ends, deadline_s = self.stage.log_ends(), time.monotonic() + DONE_WITHIN_S
@@ -81,9 +83,17 @@ def tried(
 
 
 def at_publications(
-    proxy: Proxy, worker: Program, times: int, fault: Callable[[], None], after_s: float = 0.0
+    proxy: Proxy,
+    worker: Program,
+    times: int,
+    fault: Callable[[], None],
+    after_s: float = 0.0,
+    feed: Callable[[int], object] = lambda n: None,
 ) -> None:
-    """Let something happen to a request with messages in it, so many times, with a pause after each."""
+    """Let something happen to a request with messages in it, so many times, with a pause after each.
+
+    What the n-th is to be about can be fed when it is awaited: a quick worker is soon done with the rest.
+    """
     happened = 0
 
     def happen() -> None:
@@ -93,8 +103,16 @@ def at_publications(
 
     for n in range(1, times + 1):
         proxy.at_request(IN_MESSAGES, happen)
+        feed(n)
         worker.wait_until(lambda n=n: happened == n, 60, f"hit {n} times")  # type: ignore[misc]
         time.sleep(after_s)
+
+
+def batched_log(portions: int) -> Iterator[list[tuple[bytes, bytes]]]:
+    """Cut the log of a run into so many portions."""
+    records = list(fault_log(seed(), EVENTS))
+    size = -(-len(records) // portions)
+    return (records[at : at + size] for at in range(0, len(records), size))
 
 
 def test_connections_to_kafka_reset_every_second(
@@ -104,10 +122,18 @@ def test_connections_to_kafka_reset_every_second(
     trial = tried(row)
 
     def reset(worker: Program) -> None:
-        at_publications(trial.proxy, worker, 6, trial.proxy.reset, after_s=1.0)
+        portions = list(batched_log(6))
+        at_publications(
+            trial.proxy,
+            worker,
+            6,
+            trial.proxy.reset,
+            after_s=1.0,
+            feed=lambda n: trial.stage.append(portions[n - 1]),
+        )
 
-    trial.run(reset)
-    trial.control(NOTHING_SENT_AGAIN, reset)
+    trial.run(reset, events=0)
+    trial.control(NOTHING_SENT_AGAIN, reset, events=0)
 
 
 def test_kafka_in_a_blackhole_for_longer_than_the_session_timeout(

@@ -34,8 +34,10 @@ from tests.processes import Program, Programs
 pytestmark = pytest.mark.faults
 
 EVENTS: Final = 2_000_000
-#: With the model on an event takes several times as long, and there is more to fill in the first quarter.
+#: With the model on an event takes several times as long; of fewer users, so that it has met all of them
+#: several times in the first quarter.
 EVENTS_WITH_MODEL: Final = 300_000
+USERS_WITH_MODEL: Final = 5_000
 EVENTS_OF_CONTROL: Final = 160_000
 USERS: Final = 20_000
 GROWTH: Final = 0.10
@@ -87,11 +89,11 @@ def build(
     return build
 
 
-def events(count: int) -> Iterator[tuple[bytes, bytes]]:
+def events(count: int, users: int) -> Iterator[tuple[bytes, bytes]]:
     """Make events of users who come again and again, as (key, value), without keeping them."""
     rng = random.Random(seed())
     for n in range(count):
-        user = f"u{rng.randrange(USERS)}"
+        user = f"u{rng.randrange(users)}"
         labels = f'"l{rng.randrange(64)}", "l{rng.randrange(64)}"'
         yield (
             user.encode(),
@@ -102,7 +104,7 @@ def events(count: int) -> Iterator[tuple[bytes, bytes]]:
         )
 
 
-def measure(stage: Stage, worker: Program, count: int) -> Measured:
+def measure(stage: Stage, worker: Program, count: int, users: int = USERS) -> Measured:
     """Feed a worker, never far ahead of it, and look at its memory after each quarter."""
     began_s = time.monotonic()
     quarters: list[float] = []
@@ -113,16 +115,16 @@ def measure(stage: Stage, worker: Program, count: int) -> Measured:
             worker.wait_until(lambda: stage.folded() == sent, 120, f"at {sent}")
             quarters.append(resident_mb(worker))
 
-    asyncio.run(feed(stage, count, look))
+    asyncio.run(feed(stage, events(count, users), look))
     return Measured(quarters, time.monotonic() - began_s)
 
 
-async def feed(stage: Stage, count: int, look: Callable[[int], None]) -> None:
+async def feed(stage: Stage, stream: Iterator[tuple[bytes, bytes]], look: Callable[[int], None]) -> None:
     """Append events in batches; `look` is told how many are sent, each time that all batches are."""
     async with AIOKafkaProducer(
         bootstrap_servers=stage.case.kafka, acks="all", max_batch_size=MAX_BATCH_BYTES
     ) as producer:
-        stream, sent = events(count), 0
+        sent = 0
         while page := list(islice(stream, PAGE)):
             batches = {p: producer.create_batch() for p in range(PARTITIONS)}
             for key, value in page:
@@ -183,18 +185,25 @@ def started(stage: Stage, port: int, module: str = "stream_app") -> Program:
 
 
 @pytest.mark.parametrize(
-    ("model", "count"), [(False, EVENTS), (True, EVENTS_WITH_MODEL)], ids=["without model", "with model"]
+    ("model", "count", "users"),
+    [(False, EVENTS, USERS), (True, EVENTS_WITH_MODEL, USERS_WITH_MODEL)],
+    ids=["without model", "with model"],
 )
 def test_memory_stays_bounded(
-    model: bool, count: int, build: Callable[..., Stage], port: int, fault_row: Callable[[str, str], Row]
+    model: bool,
+    count: int,
+    users: int,
+    build: Callable[..., Stage],
+    port: int,
+    fault_row: Callable[[str, str], Row],
 ) -> None:
     row = fault_row(
-        f"{count:,} events of {USERS:,} users through one worker, model {'on' if model else 'off'}",
+        f"{count:,} events of {users:,} users through one worker, model {'on' if model else 'off'}",
         "memory after the first quarter and at the end is within 10 %",
     )
     stage = build("stage", model__enabled=model)
     worker = started(stage, port)
-    measured = measure(stage, worker, count)
+    measured = measure(stage, worker, count, users)
     row.note(f"{measured}; {count / measured.seconds:,.0f} events/s")
     print(measured)
     assert abs(measured.growth) < GROWTH, str(measured)

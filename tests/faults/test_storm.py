@@ -25,10 +25,12 @@ WORKERS = 3
 SESSION_TIMEOUT_S = 1.5
 PARTITIONS = 6
 #: How often every partition is to change hands.
-CHANGES = 4
+CHANGES = 3
 #: Records that are appended at once, and how long after one portion the next: about what is folded meanwhile.
 PORTION, PAUSE_S = 60, 0.2
 RECORDS = 30_000
+#: With so many records to fold, no more are appended.
+MOST_WAITING = 600
 #: How long the group may take over something that happened before the next thing does.
 SETTLE_S = 10.0
 HOLD_DEADLINE_S = 20.0
@@ -58,16 +60,17 @@ class Storm:
         return [max(0, len(owners) - 1) for owners in self.owners.values()]
 
     def look(self) -> dict[int, int]:
-        """Note who owns what, feed the log, and return the epochs."""
-        if time.monotonic() - self.fed_s > PAUSE_S:
-            self.sent += self.stage.append(self.log[self.sent : self.sent + PORTION])
-            self.fed_s = time.monotonic()
-        epochs = {}
+        """Note who owns what, feed the log as it is folded, and return the epochs."""
+        epochs, folded = {}, 0
         for partition, owners in self.owners.items():
             wm = self.stage.wm(partition)
             epochs[partition] = int(wm.get("epoch", 0))
+            folded += int(wm.get("watermark", 0))
             if "owner" in wm and owners[-1:] != [wm["owner"]]:
                 owners.append(wm["owner"])
+        if time.monotonic() - self.fed_s > PAUSE_S and self.sent - folded < MOST_WAITING:
+            self.sent += self.stage.append(self.log[self.sent : self.sent + PORTION])
+            self.fed_s = time.monotonic()
         return epochs
 
     def settle(self) -> None:
@@ -100,7 +103,7 @@ class Storm:
         self.happened[what] += 1
         if what == "start":
             # Every other one kills itself where most could be lost.
-            kills: list[tuple[Point, int] | None] = [("after commit", self.rng.randint(3, 12)), None]
+            kills: list[tuple[Point, int] | None] = [("after commit", self.rng.randint(2, 6)), None]
             kill = self.rng.choice(kills)
             self.workers.append(self.stage.start_faulty("worker", kill=kill, without=self.without))
         elif what == "SIGCONT":
@@ -118,10 +121,10 @@ class Storm:
                 worker.terminate()
                 self.leaving.append(worker)
 
-    def rage(self, changes: int) -> None:
-        """Strike until every partition has changed hands so often; then all is quiet."""
-        deadline_s = time.monotonic() + 300
-        while min(self.changes()) < changes or not self.happened[SELF_KILLED]:
+    def rage(self, changes: int, wanted: Sequence[str]) -> None:
+        """Strike until every partition has changed hands so often and all that is wanted has happened."""
+        deadline_s = time.monotonic() + 400
+        while min(self.changes()) < changes or not all(self.happened[what] for what in wanted):
             assert time.monotonic() < deadline_s, f"{self.changes()}, {self.happened}"
             self.strike()
             # Some things happen while the group is still busy with what happened before.
@@ -154,6 +157,7 @@ def gave_up(worker: Program) -> bool:
     return worker.wait(1) == 1 and "no assignment within" in worker.log.splitlines()[-1]
 
 
+@pytest.mark.usefixtures("patience")
 def test_workers_in_a_storm_lose_nothing(
     kafka_bootstrap: str,
     fresh_redis: str,
@@ -165,7 +169,7 @@ def test_workers_in_a_storm_lose_nothing(
         "every partition changes hands again and again; nothing lost, nothing twice, in order",
     )
 
-    def storm(seed_of_it: int, changes: int, without: Sequence[Switch] = ()) -> Storm:
+    def storm(seed_of_it: int, changes: int, wanted: Sequence[str], without: Sequence[Switch] = ()) -> Storm:
         stage = stage_on(
             kafka_bootstrap,
             fresh_redis,
@@ -175,19 +179,18 @@ def test_workers_in_a_storm_lose_nothing(
         )
         stage.flush()
         made = Storm(stage, random.Random(seed_of_it), without)
-        made.rage(changes)
+        made.rage(changes, wanted)
         made.calm()
         return made
 
     began_s = time.monotonic()
-    real = storm(seed(), CHANGES)
+    real = storm(seed(), CHANGES, ("SIGTERM", "SIGKILL", "SIGSTOP", "SIGCONT", SELF_KILLED))
     row.judge(prove(real.stage.case))
-    assert all(real.happened[what] for what in ("start", "SIGTERM", "SIGKILL", "SIGSTOP", "SIGCONT"))
     hands = real.changes()
     row.note(
         f"in {time.monotonic() - began_s:.0f} s each partition changed hands {min(hands)} to {max(hands)} "
         f"times: {dict(real.happened)}"
     )
 
-    control = storm(seed() + 1, 1, without=("outbox",))
+    control = storm(seed() + 1, 0, (SELF_KILLED,), without=("outbox",))
     row.control("outbox off", prove(control.stage.case))

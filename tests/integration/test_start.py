@@ -453,7 +453,7 @@ def test_a_log_that_was_created_anew_is_refused_unless_the_gap_is_accepted(
     settled: Stage, fresh_redis: str, fault_row: Callable[[str, str], Row]
 ) -> None:
     row = fault_row(
-        "the events topic deleted and created again",
+        "the events topic deleted and created again, shorter than what was folded",
         "refused with a sentence; --accept-gap keeps the profiles and folds the new log",
     )
     row.note(

@@ -14,6 +14,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from stream_app.adapters.codec import rfc_3339
@@ -45,6 +46,8 @@ STARTS_AT_MS = 1_900_000_000_000
 LONGEST_SILENCE_S = 20.0
 WORKERS_AT_MOST = 4
 SKEW_MS = 60
+#: How often the topic of a live run is older than the service.
+HISTORY_SHARE = 0.3
 #: How long after the last fault the workers may take to come to the end, virtual seconds.
 SETTLES_WITHIN_S = 90.0
 
@@ -140,6 +143,9 @@ class _Run:
         self.wanted = rng.randint(2, 3)
         self.problems: list[str] = []
 
+        self.records = iter(random_records(rng, self.shape))
+        if self.clock == "wall" and rng.random() < HISTORY_SHARE:
+            self._write_history()
         weather = [asyncio.create_task(work()) for work in self._weather()]
         keeper = asyncio.create_task(self._keep_workers())
         await self._produce()
@@ -206,10 +212,17 @@ class _Run:
 
     # --- the log ------------------------------------------------------------------------------------------
 
+    def _write_history(self) -> None:
+        """Let the topic hold events before the service's first worker comes: nobody may act on them."""
+        for record in islice(self.records, self.rng.randint(1, FIRST_RECORDS)):
+            self._append(self.partition_of(record.user_id), record.user_id, record)
+        self.witness.history_below = {p: log.end for p, log in enumerate(self.kafka.logs)}
+        self.faults.counts["history"] += 1
+
     async def _produce(self) -> None:
         """Write the log, at the pace of its own instants in wall mode."""
         last_ms = None
-        for record in random_records(self.rng, self.shape):
+        for record in self.records:
             gap_s = self.rng.uniform(0.0, 0.5)
             if self.clock == "wall" and last_ms is not None:
                 gap_s = min(max(0, record.kafka_time_ms - last_ms) / 1000, LONGEST_SILENCE_S)

@@ -73,6 +73,8 @@ class Witness:
         self._partition_of = partition_of
         #: Ids owed the mark, and those already said, both by partition.
         self._owed: dict[int, set[str]] = {}
+        #: Next offset after what was in each partition before the first worker.
+        self.history_below: dict[int, int] = {}
         self._lost_below: dict[int, int] = {}
         self._losses = 0
         self._claimed_after: dict[tuple[str, int], int] = {}
@@ -145,9 +147,16 @@ class Witness:
         for outgoing in messages:
             message = _transition(outgoing)
             if message is not None:
+                self._check_history(message)
                 first = self._said.setdefault(message["id"], message)
                 if first is message and self._clock == "event" and message["replayed"]:
                     self.problems.append(f"said for the first time and called replayed: {message}")
+
+    def _check_history(self, message: Mapping[str, Any]) -> None:
+        event = message["event"]
+        below = self.history_below.get(self._partition_of(message["user_id"]), 0)
+        if event is not None and event["offset"] < below and not message["replayed"]:
+            self.problems.append(f"was there before the service, not called replayed: {message}")
 
     def _knows(self, worker: str, partition: int) -> bool:
         """Tell whether a worker has claimed the partition since Redis last lost state."""

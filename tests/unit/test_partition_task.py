@@ -13,9 +13,11 @@ from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.partition import PartitionMemory, PartitionTask, _Owned, _split_at
 from stream_app.adapters.tasks import end_tasks
 from stream_app.adapters.transport import Slice
-from stream_app.core.decay import Weights
+from stream_app.core.decay import NEVER_MS, Weights
+from stream_app.core.event import Event, Record
 from stream_app.core.fold import Fold
 from stream_app.core.segment_set import SegmentSet
+from stream_app.core.step import fold_slice
 from stream_app.errors import StoreUnavailable, TooManyDeadLetters
 
 
@@ -96,3 +98,20 @@ def test_the_fuse_blows_over_the_last_10_000_records_only() -> None:
     with pytest.raises(TooManyDeadLetters, match="partition 3"):
         fuse.count(500, 500)
     DeadLetterFuse(3, None).count(2 * FUSE_RECORDS, 2 * FUSE_RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("retention_ms", "expires"), [(7 * 86_400_000, True), (NEVER_MS, False), (2**63 - 1, False)]
+)
+def test_a_forgotten_profile_expires_at_an_instant_that_redis_can_hold_or_never(
+    retention_ms: int, expires: bool
+) -> None:
+    weights = Weights(half_life_s=3600.0)
+    shell: Any = SimpleNamespace(clock="wall", retention_ms=retention_ms, monotonic_s=lambda: 0.0)
+    shell.max_dead_letter_share = None
+    task = PartitionTask(0, shell, PartitionMemory())
+    fold = Fold(SegmentSet([], weights), weights)
+    at_ms = 1_700_000_000_000
+    event = Event("u1", "view", at_ms, "e1", ("tea",))
+    result = fold_slice(fold, [Record(0, at_ms, event)], {}, None, "wall", {})
+    assert bool(task._step(result.profiles, {}).expires_at_ms) is expires
