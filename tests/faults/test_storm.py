@@ -104,7 +104,8 @@ class Storm:
         if what == "start":
             # Every other one kills itself where most could be lost.
             kills: list[tuple[Point, int] | None] = [("after commit", self.rng.randint(2, 6)), None]
-            kill = self.rng.choice(kills)
+            # The control has to come to it soon.
+            kill = kills[0] if self.without else self.rng.choice(kills)
             self.workers.append(self.stage.start_faulty("worker", kill=kill, without=self.without))
         elif what == "SIGCONT":
             self.frozen.pop(0).resume()
