@@ -67,7 +67,7 @@ def report(outcome: Outcome) -> str:
     return "\n".join(
         [
             f"seed {outcome.seed}: run it alone with",
-            f"  FAULT_SEED={outcome.seed} FAULT_SEEDS=1 .venv/bin/pytest tests/simulation -k oracle",
+            f"  FAULT_SEED={outcome.seed} FAULT_SEEDS=1 .venv/bin/pytest tests/simulation -k every_seed",
             *outcome.problems,
             f"the last {DIARY_SHOWN} lines of its diary:",
             *outcome.diary[-DIARY_SHOWN:],
