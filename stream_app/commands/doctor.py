@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,9 @@ def doctor(as_json: bool, config: Path | None, segments: Path | None) -> int:
     settings = read_settings(config, segments)
     findings = asyncio.run(_examine(settings))
     if as_json:
-        print_json({"findings": [asdict(finding) for finding in findings]})
+        # Of what is well nothing is to be done: whoever prints actions must not be told to rebuild.
+        shown = [replace(f, action="") if f.state == "ok" else f for f in findings]
+        print_json({"findings": [asdict(finding) for finding in shown]})
     else:
         for finding in findings:
             click.echo(f"{MARKS[finding.state]}  {finding.name}: {finding.got}")
