@@ -587,7 +587,7 @@ def test_all_problems_of_all_sources_are_reported_at_once_and_nothing_is_started
     )
     there = stage.having(
         redis__url=fresh_redis,
-        redis__password=PASSWORD,
+        redis__passwort=PASSWORD,
         worker__hold_deadline_s="soon",
         kafka__exited_topic=stage.names.entered,
     )
@@ -598,7 +598,7 @@ def test_all_problems_of_all_sources_are_reported_at_once_and_nothing_is_started
         ("[worker] clock", "got 'sun'"),
         ("[worker] max_dead_letter_share", "got 2.0"),
         ("[weights.event_types.buy] action_weight", "at least 10 history floors"),
-        ("STREAM_APP__REDIS__PASSWORD", "got an unknown one"),
+        ("STREAM_APP__REDIS__PASSWORT", "got an unknown one"),
         ("STREAM_APP__WORKER__HOLD_DEADLINE_S", "got 'soon'"),
         ("STREAM_APP__KAFKA__EXITED_TOPIC", "expected four different topics"),
         ("segment 'tea', exit_weight", "got 2.0"),
