@@ -310,8 +310,8 @@ def _profile_differences(
     if found.keys() != expected.weights.keys():
         problems.append(f"{where}: other keys {sorted(found.keys() ^ expected.weights.keys())[:3]}")
     for key, weight in expected.weights.items():
-        # Below that a sum that was carried from one landmark to the next may have become zero.
-        if not math.isclose(found.get(key, -1.0), weight, rel_tol=1e-9, abs_tol=1e-250):
+        # Far below every floor, a sum carried from one landmark to the next may have become zero.
+        if not math.isclose(found.get(key, -1.0), weight, rel_tol=1e-9, abs_tol=1e-150):
             problems.append(f"{where}: {key} weighs {found.get(key)}, expected {weight}")
             break
     if profile.seqs != expected.seqs:
