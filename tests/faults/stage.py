@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -45,6 +46,12 @@ class FaultStage(Stage):
         """Append some records, (key, value); returns how many."""
         asyncio.run(_send(self.case.kafka, self.case.names.events, records))
         return len(records)
+
+    def lose_what_a_worker_publishes(self, commits: int = 2) -> None:
+        """Kill a worker without an outbox after so many commits, and let another one go on: a control."""
+        worker = self.start_faulty("worker", kill=("after commit", commits), without=["outbox"])
+        assert worker.wait(60) == -signal.SIGKILL, worker.log
+        self.run("worker", "--until-end")
 
     def flush(self) -> None:
         """Empty Redis: nothing of an earlier run is left."""

@@ -39,9 +39,7 @@ def test_every_one_of_thousands_of_mutated_records_is_set_aside_once(
     )
     control = stage_on(kafka_bootstrap, fresh_redis)
     control.fill()
-    worker = control.start_faulty("worker", kill=("after commit", 8), without=["outbox"])
-    assert worker.wait(60) < 0, worker.log
-    control.run("worker", "--until-end")
+    control.lose_what_a_worker_publishes(8)
     proof = prove(control.case)
     assert any("dead letter" in missing for missing in proof.missing)
     row.control("outbox off, killed after a commit", proof)

@@ -32,6 +32,7 @@ from stream_app.errors import StartRefused
 from stream_app.lookup import Lookup
 from tests.backends import ROOT, Kind, Names, ServiceMissing, create_topic, read_to_end
 from tests.conftest import missing
+from tests.e2e.proof import prove
 from tests.faults.certificates import HOST, Authority
 from tests.faults.cluster import RedisCluster
 from tests.faults.locks import (
@@ -151,6 +152,10 @@ def test_the_whole_service_works_behind_locked_doors_with_no_more_rights_than_th
     stage.run("worker", "--until-end")
     again = row.judge(stage.proven(lambda *_: None))
     assert again.repeats == again.transitions == again.replayed
+    control = make_stage()
+    control.fill(EVENTS)
+    control.lose_what_a_worker_publishes()
+    row.control("outbox off, killed after a commit", prove(control.case))
     rights = {word.removeprefix("+") for word in RIGHTS[USER].split() if word.startswith("+")}
     in_scripts = set()
     for script in (ROOT / "stream_app" / "adapters").glob("*.lua"):
@@ -486,6 +491,10 @@ def test_user_data_reaches_no_log_line_and_hostile_ids_reach_no_other_key(
     for program in (worker, second):
         for told in told_of_users():
             assert told not in program.log, f"{program.name} tells user data: {told!r}"
+    control = make_stage()
+    control.send(events)
+    control.lose_what_a_worker_publishes(1)
+    row.control("outbox off, killed after a commit", prove(control.case))
 
 
 HOSTILE_IDS = (

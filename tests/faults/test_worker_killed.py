@@ -102,9 +102,7 @@ def test_a_worker_killed_fifty_times_over_a_run_loses_nothing(
     control = stage_on(kafka_bootstrap, fresh_redis)
     control.flush()
     control.fill(2_000)
-    worker = control.start_faulty("worker", kill=("after commit", 2), without=("outbox",))
-    assert worker.wait(60) == KILLED, worker.log
-    control.run("worker", "--until-end")
+    control.lose_what_a_worker_publishes()
     row.control("outbox off, killed after a commit", prove(control.case))
 
 
