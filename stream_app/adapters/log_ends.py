@@ -204,7 +204,8 @@ class LogProbe:
                     # committed records.
                     tells = stable is not None and stable >= 0
                     readable[tp] = min(stable, ends[tp]) if tells else ends[tp]
-        self._consumer.unsubscribe()
+        # Not `unsubscribe`, after which aiokafka asks some node, perhaps one that is silent, for all topics.
+        self._consumer.pause(*fetched)
         return ends, readable
 
     async def _appended(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:

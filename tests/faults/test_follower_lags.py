@@ -28,9 +28,9 @@ pytestmark = pytest.mark.faults
 
 HALF_LIFE_S: Final = 8.0
 #: How long before the exit the event comes that puts it off.
-BEFORE_MS: Final = 700
+BEFORE_MS: Final = 1_000
 #: How long after the exit the log must still hide that event, or nothing was tested.
-HIDDEN_MS: Final = 400
+HIDDEN_MS: Final = 1_500
 USER: Final = "u1"
 
 
