@@ -33,6 +33,7 @@ USER: Final = "stream-app"
 TOPIC, GROUP = 2, 3
 READ, WRITE, CREATE, DESCRIBE, DESCRIBE_CONFIGS = 3, 4, 5, 8, 10
 _LITERAL, _ALLOW = 3, 3
+_OPERATIONS: Final = {"Read": READ, "Write": WRITE, "Create": CREATE, "DescribeConfigs": DESCRIBE_CONFIGS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +64,22 @@ class LockedKafka:
         asyncio.run(_allow(self.plain, rules))
 
 
-def needed(names: Names) -> list[tuple[int, str, Iterable[int]]]:
-    """What the README says that Kafka must allow, all commands taken together."""
-    outputs = (names.entered, names.exited, names.dead_letter)
-    return [
-        (TOPIC, names.events, (READ, WRITE, CREATE, DESCRIBE_CONFIGS)),
-        *((TOPIC, topic, (WRITE, CREATE, DESCRIBE_CONFIGS)) for topic in outputs),
-        (GROUP, names.group, (READ,)),
-    ]
+def needed(names: Names) -> list[tuple[int, str, list[int]]]:
+    """What the README's kafka-acls lines allow, all commands taken together, for these names."""
+    ours = {
+        "--topic events": (TOPIC, names.events),
+        "--topic segment-entered": (TOPIC, names.entered),
+        "--topic segment-exited": (TOPIC, names.exited),
+        "--topic events-dead-letter": (TOPIC, names.dead_letter),
+        "--group stream-app": (GROUP, names.group),
+    }
+    found = []
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("$ $acl "):
+            operations = [_OPERATIONS[name] for name in re.findall(r"--operation (\w+)", line)]
+            resources = re.findall(r"--(?:topic|group) \S+", line)
+            found += [(*ours[resource], operations) for resource in resources]
+    return found
 
 
 @contextmanager
