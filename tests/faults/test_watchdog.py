@@ -83,7 +83,8 @@ class Watched:
         self.stage.fill(EVENTS // 2, first_seed=seed() + 1)
         ends = self.stage.log_ends()
         self.worker.wait_until(lambda: self.stage.is_done(ends), 60, "done")
-        assert self.answers() == (200, 200), self.why()
+        # One that broke meanwhile may be found only now: a connection of the bad time, say.
+        self.wait_for(200, 200, 10, "well in the end")
         self.worker.terminate()
         assert self.worker.wait(30) == 0, self.worker.log
         row.judge(prove(self.stage.case))
