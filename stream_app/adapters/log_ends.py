@@ -35,6 +35,8 @@ ANSWER_TIMEOUT_S = 15.0
 FETCH_WAIT_MS = 50
 #: One record is enough, and Kafka sends one even if it is larger than this.
 FETCH_BYTES = 1024
+#: A leader that was replaced and does not know it is asked for so long: its end stands still, and exits wait.
+METADATA_MAX_AGE_MS = 30_000
 #: Kafka's names for the end of a log and for a replica that only looks.
 LATEST = -1
 DEBUGGING_REPLICA = -2
@@ -93,6 +95,7 @@ class LogProbe:
             enable_auto_commit=False,
             fetch_max_wait_ms=FETCH_WAIT_MS,
             max_partition_fetch_bytes=FETCH_BYTES,
+            metadata_max_age_ms=METADATA_MAX_AGE_MS,
             **security,
         )
         self._waiting: dict[int, asyncio.Future[LogEnds]] = {}
@@ -193,19 +196,21 @@ class LogProbe:
         self._consumer.assign(fetched)
         for tp in fetched:
             self._consumer.seek(tp, listed[tp] - 1)
-        while len(ends) < len(listed):
-            await self._consumer.getmany(timeout_ms=FETCH_WAIT_MS)
-            for tp in fetched:
-                high_water = self._consumer.highwater(tp)
-                if high_water is not None:
-                    ends[tp] = max(high_water, listed[tp])
-                    stable = self._consumer.last_stable_offset(tp)
-                    # Brokers from before transactions do not tell, some tell it only to readers of
-                    # committed records.
-                    tells = stable is not None and stable >= 0
-                    readable[tp] = min(stable, ends[tp]) if tells else ends[tp]
-        # Not `unsubscribe`, after which aiokafka asks some node, perhaps one that is silent, for all topics.
-        self._consumer.pause(*fetched)
+        try:
+            while len(ends) < len(listed):
+                await self._consumer.getmany(timeout_ms=FETCH_WAIT_MS)
+                for tp in fetched:
+                    high_water = self._consumer.highwater(tp)
+                    if high_water is not None:
+                        ends[tp] = max(high_water, listed[tp])
+                        stable = self._consumer.last_stable_offset(tp)
+                        # Brokers from before transactions do not tell, some tell it only to readers of
+                        # committed records.
+                        tells = stable is not None and stable >= 0
+                        readable[tp] = min(stable, ends[tp]) if tells else ends[tp]
+        finally:
+            # Not `unsubscribe`: aiokafka then asks some node, perhaps one that is silent, for all topics.
+            self._consumer.pause(*fetched)
         return ends, readable
 
     async def _appended(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:

@@ -112,8 +112,8 @@ async def _examine_partitions(settings: Settings, client: object, partitions: in
         for partition, wm in watermarks.items():
             name, log = f"partition {partition}", ends[partition]
             if wm is None:
-                got = f"never folded, {log.end - log.start} records wait"
-                findings.append(Finding(name, "ok", "a worker", got, "Start `stream-app worker`."))
+                got = f"never folded, {log.end - log.start} records wait for a worker"
+                findings.append(Finding(name, "ok", "a worker", got, ""))
                 continue
             inside = log.start <= wm.watermark <= log.end
             waiting = await store.outbox_length(partition)

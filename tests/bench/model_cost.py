@@ -412,7 +412,7 @@ def main(
     """Measure what the model adds to an event's CPU, and both beside a plain Faust agent.
 
     \b
-      python -m tests.bench.model_cost --events ../shared/data/complete_journey.jsonl.gz --limit 506364
+      python -m tests.bench.model_cost --events complete_journey.jsonl.gz --limit 506364
       python -m tests.bench.model_cost --synthetic 1000
       python -m tests.bench.model_cost --limit 30000 --rounds 1 --profile
 

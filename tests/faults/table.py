@@ -1,7 +1,8 @@
 """Make the page of the fault table from the rows that the runs have written.
 
 ``python -m tests.faults.table ROWS.json ... `` writes `tests/faults/README.md`; one file of rows per set of
-servers, in the order of the columns. Part of ``make test-faults``.
+servers, in the order of the columns. A second file of the same servers is that of a run of the tests that had
+failed: its rows take the place of theirs, and the page says so. Part of ``make test-faults``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ time. The page is written by
 
     {command}
 
-**{verdict}**
+**{verdict}**{again}
 
 Under each set of servers: **lost** / **duplicated** / **out of order** / **wrong**, then how many messages
 came again with the id that they had (*repeats*: consumers drop them by id).
@@ -41,9 +42,9 @@ came again with the id that they had (*repeats*: consumers drop them by id).
 - *Lost*: the oracle says it, the service did not. *Duplicated*: the service said it, the oracle does not,
   after dropping repeats. *Out of order*: not in the order of time and `seq`, at first sight. *Wrong*: another
   content, or other state in Redis. *holds*: the row promises something else, and its test holds it to that.
-- *Control*: the scenario with a protection switched off ([`faulty.py`](faulty.py)), or what else must be seen
-  to fail, and what the judge then found; a control that finds nothing fails its row. A row without one
-  promises something other than zeros, or stands beside one that has it.
+- *Control*: the scenario, or a smaller run with the same judge, with a protection switched off
+  ([`faulty.py`](faulty.py)), and what the judge then found; a control that finds nothing fails its row. A row
+  without one is about a sentence, a probe or a bound, beside zeros, or a row of the same kind has it.
 
 Machine: {machine}.
 
@@ -54,11 +55,19 @@ Machine: {machine}.
 
 def page(runs: Sequence[Mapping[str, Any]], command: str) -> str:
     """Write the whole page, in Markdown."""
+    failed_at_first = [
+        f"`{_test(test)}` ({run['servers']})"
+        for number, run in enumerate(runs)
+        if any(later["servers"] == run["servers"] for later in runs[number + 1 :])
+        for test in run["failed"]
+    ]
+    runs = joined(runs)
+    again = f"\n\nRun again, having failed at first: {'; '.join(failed_at_first)}." if failed_at_first else ""
     by_row: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for column, run in enumerate(runs):
         for row in run["rows"]:
             by_row.setdefault((row["test"], row["scenario"]), {})[column] = row
-    lines = [INTRODUCTION.format(command=command, verdict=_verdict(runs), machine=_machine())]
+    lines = [INTRODUCTION.format(command=command, verdict=_verdict(runs), again=again, machine=_machine())]
     for run in runs:
         lines.append(
             f"| {run['servers']} | {_versions(run['servers'])} | {run['date']} | {run['seed']} | "
@@ -79,6 +88,29 @@ def page(runs: Sequence[Mapping[str, Any]], command: str) -> str:
             f"| {_text(scenario)} | {_text(latest['guarantee'])} | {cells} | {controls} | `{_test(test)}` |\n"
         )
     return "".join(lines)
+
+
+def joined(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return one run per set of servers: what was run again takes the place of what had failed.
+
+    Examples
+    --------
+    >>> row = {"test": "t", "scenario": "s", "lost": 1}
+    >>> first = {"servers": "a", "failed": ["t"], "seconds": 9, "rows": [row]}
+    >>> again = {"servers": "a", "failed": [], "seconds": 1, "rows": [{**row, "lost": 0}]}
+    >>> joined([first, again])
+    [{'servers': 'a', 'failed': [], 'seconds': 10, 'rows': [{'test': 't', 'scenario': 's', 'lost': 0}]}]
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        first = found.setdefault(run["servers"], {**run, "rows": [], "seconds": 0})
+        rows = {(row["test"], row["scenario"]): row for row in [*first["rows"], *run["rows"]]}
+        first |= {
+            "failed": run["failed"],
+            "seconds": first["seconds"] + run["seconds"],
+            "rows": [*rows.values()],
+        }
+    return list(found.values())
 
 
 def _verdict(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -150,7 +182,7 @@ def main(arguments: Sequence[str]) -> None:
     runs = [json.loads(Path(path).read_text()) for path in arguments]
     command = f"make test-faults SEED={runs[0]['seed']}"
     PAGE.write_text(page(runs, command))
-    print(f"written: {PAGE.relative_to(Path.cwd())}, {_verdict(runs)}")
+    print(f"written: {PAGE.relative_to(Path.cwd())}, {_verdict(joined(runs))}")
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ EVENTS = 6_000
 FEED_S = 12.0
 FEED_PARTS = 120
 PROMOTION_DEADLINE_S = 30.0
+HEALED = (
+    "the log heals it: nothing lost, nothing twice, in order; repeats say replayed but for what was not yet "
+    "acknowledged"
+)
 UNPROTECTED = "errors taken for success, mismatch check off"
 
 
@@ -256,7 +260,7 @@ def test_acknowledged_commits_that_a_failover_loses_are_folded_again_from_the_lo
 ) -> None:
     row = fault_row(
         "Redis Cluster, a master killed with commits that its replica has not got",
-        "the log heals it: nothing lost, nothing twice, in order; repeats say replayed",
+        HEALED,
     )
     stage, port = on_cluster(with_replicas), free_port()
     master, replica = with_replicas.masters[LOST], with_replicas.replicas[LOST]
@@ -362,7 +366,7 @@ def test_a_master_that_comes_back_empty_before_its_replica_takes_over_is_filled_
 ) -> None:
     row = fault_row(
         "Redis Cluster, a master without persistence restarted at once, and its replica emptied by it",
-        "the log heals it: nothing lost, nothing twice, in order; repeats say replayed",
+        HEALED,
     )
     stage, port = on_cluster(with_replicas), free_port()
     master = with_replicas.masters[LOST]

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.faults
 Rows = Callable[[str, str], Row]
 Stages = Callable[..., FaultStage]
 
-#: What the issue asks for.
+#: What README promises of the probes.
 TURNED_WITHIN_S: Final = 10.0
 #: Longer than the watchdog's patience and its looks together: what has not turned by then does not turn.
 WATCHED_S: Final = 15.0

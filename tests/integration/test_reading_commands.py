@@ -107,6 +107,7 @@ def test_members_come_with_the_instant_of_leaving_the_first_to_leave_first(run: 
 def test_doctor_finds_a_healthy_environment_healthy(run: Run) -> None:
     findings = json.loads(run("doctor", "--json"))["findings"]
     assert {finding["state"] for finding in findings} == {"ok"}
+    assert {finding["action"] for finding in findings} == {""}
     assert any("watermark 4, log 0 to 4, lag 0, outbox 0" in finding["got"] for finding in findings)
 
 

@@ -508,11 +508,11 @@ def test_records_deleted_before_they_were_folded_are_refused_unless_the_gap_is_a
         "retention overtakes the watermark (DeleteRecords)",
         "refused with a sentence that counts what is gone; --accept-gap goes on with the rest",
     )
+    if kafka_kind == "embedded":
+        pytest.skip("Tansu cannot delete records: the log never begins above 0")
     row.note(
         "checked: exit 1, the sentence, users and watermark as before; then the watermark at the log's end"
     )
-    if kafka_kind == "embedded":
-        pytest.skip("Tansu cannot delete records: the log never begins above 0")
     settled: Stage = request.getfixturevalue("settled")
     send_events(settled, 10, 30)
     delete_records(kafka_bootstrap, settled.names.events, 25)
