@@ -30,6 +30,12 @@ class Proxied:
     proxy: Proxy
 
 
+def only_apache(kafka_kind: Kind, why: str) -> None:
+    """Skip elsewhere, after the row has begun: the table shows why."""
+    if kafka_kind != "apache":
+        pytest.skip(f"only on Apache Kafka: {why}")
+
+
 @pytest.fixture
 def proxied_redis(redis_kind: Kind) -> Iterator[Proxied]:
     """A store of this test's own behind a fault proxy."""

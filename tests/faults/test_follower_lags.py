@@ -17,6 +17,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from tests.backends import Kind, Names
 from tests.e2e.proof import Case, Proof, prove
+from tests.faults.conftest import only_apache
 from tests.faults.faulty import Switch
 from tests.faults.kafka_cluster import KafkaCluster, kafka_cluster
 from tests.faults.rows import Row
@@ -35,9 +36,7 @@ USER: Final = "u1"
 
 
 @pytest.fixture
-def cluster(kafka_kind: Kind, tmp_path: Path) -> Iterator[KafkaCluster]:
-    if kafka_kind != "apache":
-        pytest.skip("the embedded broker has no followers")
+def cluster(tmp_path: Path) -> Iterator[KafkaCluster]:
     with kafka_cluster(tmp_path) as nodes:
         yield nodes
 
@@ -54,8 +53,7 @@ def test_an_event_that_the_followers_do_not_have_yet_still_puts_an_exit_off(
         "a follower stands still while exits are due (three Kafka nodes)",
         "no exit overtakes an event that the leader has, though nobody can read it yet",
     )
-    if kafka_kind != "apache":
-        pytest.skip("the embedded broker has no followers")
+    only_apache(kafka_kind, "the embedded broker has no followers")
     nodes: KafkaCluster = request.getfixturevalue("cluster")
 
     def run(name: str, without: Sequence[Switch] = ()) -> Proof:

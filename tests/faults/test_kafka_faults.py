@@ -15,7 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from stream_app.embedded import run_server
 from tests.backends import Kind, Names, apache_kafka, create_topic
 from tests.e2e.proof import prove
-from tests.faults.conftest import Proxied
+from tests.faults.conftest import Proxied, only_apache
 from tests.faults.faulty import Switch
 from tests.faults.kafka_cluster import kafka_cluster
 from tests.faults.rows import Row, seed
@@ -36,12 +36,6 @@ LEADERLESS_S: Final = 30.0
 IN_MESSAGES: Final = b"ce_id"
 #: A message is then lost when its request is, and nothing but the outbox brings it back.
 NOTHING_SENT_AGAIN: Final[Sequence[Switch]] = ("outbox", "retries")
-
-
-def only_apache(kafka_kind: Kind, why: str) -> None:
-    """Skip elsewhere, after the row has begun: the table shows why."""
-    if kafka_kind != "apache":
-        pytest.skip(f"only on Apache Kafka: {why}")
 
 
 def at_work(stage: FaultStage, worker: Program, records: int = AT_WORK) -> None:
