@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -52,6 +53,8 @@ __all__ = ["Worker", "build_app", "run_worker"]
 logger = logging.getLogger(__name__)
 
 OWNER_BYTES: Final = 8
+#: New containers between two looks of the garbage collector.
+GC_AFTER: Final = 50_000
 #: How long each part may take to stop after the drain.
 STOP_S: Final = 5.0
 #: Parts that are stopped one after the other, and one more for what none of them knows of.
@@ -157,6 +160,7 @@ def build_app(settings: Settings, facts: KafkaFacts, redis_client: Client, *, ac
         load_functions=loader(redis_client, settings.weights.core, worker.clock),
         learner=learner,
         rescored_per_s=settings.model.rescored_per_s,
+        cache_bytes=round(worker.cache_mb * 1e6) // facts.partitions,
     )
     health = Health(assignment, log, probe, metrics, time.monotonic)
     return Worker(app, assignment, store, publisher, probe, log, health, shell)
@@ -186,6 +190,10 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
     # The model's products are small: handing them to other threads costs more than they do, on a busy machine
     # a hundred times more. Cores are for other workers.
     threadpool_limits(limits=1, user_api="blas")
+    # What was imported is never garbage, and what a slice makes lives no longer than it: looked through
+    # after every 700 new containers, as is Python's wont, it took 13 % of the worker's time.
+    gc.freeze()
+    gc.set_threshold(GC_AFTER)
     left_behind: list[str] = []
     failures: list[BaseException] = []
     last_resort = threading.Timer(settings.worker.drain_deadline_s + PARTS * STOP_S, _end_here, [failures])

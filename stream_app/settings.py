@@ -274,6 +274,7 @@ class WorkerSettings(_Model):
     max_dead_letter_share: Annotated[float, _between(1e-4, 1.0)] | None = None
     http_host: Annotated[str, AfterValidator(_host)] = "127.0.0.1"
     http_port: Annotated[int, _between(0, 65535)] = 0
+    cache_mb: Annotated[float, _between(0.0, 1e6, " (MB)")] = 128.0
 
 
 class EventTypeSettings(_Model):

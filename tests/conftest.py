@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import pytest
 
+from stream_app.core import fold
 from stream_app.embedded import EmbeddedServerError, Server
 from tests import backends
 from tests.backends import Kind, Names, ServiceMissing
@@ -39,7 +40,16 @@ def servers() -> str:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"servers: {servers()}", f"seed of the faults: {rows.seed()} (FAULT_SEED)"]
+    core = "interpreted" if str(fold.__file__).endswith(".py") else "compiled"
+    return [f"servers: {servers()}", f"core: {core}", f"seed of the faults: {rows.seed()} (FAULT_SEED)"]
+
+
+def pytest_configure() -> None:
+    """Refuse a compiled core that is older than what it was compiled from: something else would be tested."""
+    for compiled in Path(fold.__file__).parent.glob("*.so"):
+        source = compiled.with_name(compiled.name.partition(".")[0] + ".py")
+        if source.stat().st_mtime > compiled.stat().st_mtime:
+            pytest.exit(f"{source.name} has changed since it was compiled: run `make venv`", returncode=4)
 
 
 # --- the table of faults -----------------------------------------------------------------------------------

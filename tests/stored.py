@@ -144,7 +144,7 @@ def random_profile(rng: random.Random, user_id: str) -> Profile:
         weights,
         seqs,
         exits_at_ms,
-        [rng.randbytes(8) for _ in range(rng.choice([0, 1, REMEMBERED_IDS]))],
+        rng.randbytes(8 * rng.choice([0, 1, REMEMBERED_IDS])),
         applied=rng.choice([1, 2**31, 2**60]),
         forget_ms=forget_ms,
         last_transition_ms=rng.choice([None, T0]),

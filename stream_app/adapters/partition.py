@@ -32,7 +32,8 @@ from stream_app.adapters.learning import Learner
 from stream_app.adapters.log_ends import LogEnds
 from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.ports import AsksLogEnds, PublishesMessages, ReadsLog
-from stream_app.adapters.profile_store import Before, Claim, Commit, Identity, ProfileStore
+from stream_app.adapters.profile_cache import ProfileCache
+from stream_app.adapters.profile_store import Claim, Commit, Identity, Memberships, ProfileStore
 from stream_app.adapters.transport import Slice
 from stream_app.core.decay import NEVER_MS
 from stream_app.core.event import Record
@@ -106,6 +107,8 @@ class Shell:
         The next-category model; ``None``: off.
     rescored_per_s : int
         Users whom a partition scores in the background at most.
+    cache_bytes : int
+        Bound of the packed profiles that a partition keeps.
     """
 
     topic: str
@@ -128,6 +131,7 @@ class Shell:
     load_functions: Callable[[], Awaitable[None]]
     learner: Learner | None = None
     rescored_per_s: int = 64
+    cache_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -148,6 +152,7 @@ class _Owned:
     outbox_is_empty: bool = True
     scores_are_gone: bool = False
     rewound_s: float = 0.0
+    cache: ProfileCache = field(default_factory=lambda: ProfileCache(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +335,7 @@ class PartitionTask:
             old=self._older_sets(claim),
             processed_below=processed_below or 0,
             looked_s=shell.monotonic_s(),
+            cache=ProfileCache(shell.cache_bytes),
         )
         later = await shell.log.committed(p)
         if later is not None and later != committed:
@@ -523,7 +529,7 @@ class PartitionTask:
             else:
                 records.append(Record(raw.offset, raw.timestamp, event))
         users = dict.fromkeys(record.event.user_id for record in records)
-        profiles, before = await shell.store.load(p, users)
+        profiles, before = await shell.store.load(p, users, owned.cache)
         self.moved_s = shell.monotonic_s()
         for profile in profiles.values():
             self._check_definitions(owned, profile)
@@ -616,7 +622,7 @@ class PartitionTask:
                 users = await shell.store.scored_before(self.partition, at_ms - half_ms, shell.rescored_per_s)
         if not users:
             return False
-        profiles, before = await shell.store.load(self.partition, users)
+        profiles, before = await shell.store.load(self.partition, users, owned.cache)
         scores: dict[str, bytes | None] = {}
         known: list[Profile] = []
         expired: dict[str, list[Transition]] = {}
@@ -639,7 +645,7 @@ class PartitionTask:
             scores[profile.user_id] = pack_scores(scored)
             found = learner.discover(profile, scored, at_ms)
             found = expired.get(profile.user_id, []) + found
-            if found or profile.memberships != before[profile.user_id].exits_at_ms:
+            if found or profile.memberships != before[profile.user_id]:
                 changed[profile.user_id] = profile
                 transitions += found
         if not scores:
@@ -660,14 +666,16 @@ class PartitionTask:
                 self.partition, offset, invalid.reason, invalid.field or "the record", invalid.detail,
             )  # fmt: skip
 
-    def _count(self, transitions: Iterable[Transition]) -> None:
+    def _count(self, transitions: Sequence[Transition]) -> None:
+        metrics = self._shell.metrics
+        for (status, cause), count in Counter((one.status, one.cause) for one in transitions).items():
+            metrics.transitions.labels(status, cause).inc(count)
         for transition in transitions:
-            self._shell.metrics.transitions.labels(transition.status, transition.cause).inc()
             if transition.segment_type == "discovery":
                 outcome: str = transition.status
                 if outcome == "exited":
                     outcome = "converted" if transition.converted else "left"
-                self._shell.metrics.discoveries.labels(transition.segment_id, outcome).inc()
+                metrics.discoveries.labels(transition.segment_id, outcome).inc()
 
     def _check_timestamps(self, part: Slice) -> None:
         """Refuse producers' times under the wall clock unless trusted, whatever the topic says of itself."""
@@ -738,7 +746,7 @@ class PartitionTask:
     async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int, *, replayed: bool) -> bool:
         """Commit what the instant `at_ms` changes for some users without an event; tell if it did."""
         shell = self._shell
-        profiles, before = await shell.store.load(self.partition, users)
+        profiles, before = await shell.store.load(self.partition, users, owned.cache)
         changed: dict[str, Profile] = {}
         transitions: list[Transition] = []
         for user_id, profile in profiles.items():
@@ -808,7 +816,7 @@ class PartitionTask:
 
     # Making a step durable and known.
 
-    def _step(self, profiles: Mapping[str, Profile], before: Mapping[str, Before]) -> Commit:
+    def _step(self, profiles: Mapping[str, Profile], before: Mapping[str, Memberships]) -> Commit:
         shell = self._shell
         expires_at_ms: dict[str, int] = {}
         if shell.clock == "wall" and shell.retention_ms is not None:
@@ -840,7 +848,9 @@ class PartitionTask:
         """
         step.outbox = [message.pack() for message in outgoing]
         number = owned.commit + 1
-        owned.next_due_ms = await self._shell.store.commit(self.partition, owned.epoch, number, step)
+        owned.next_due_ms = await self._shell.store.commit(
+            self.partition, owned.epoch, number, step, owned.cache
+        )
         owned.commit = number
         if step.watermark is not None:
             owned.watermark = step.watermark

@@ -13,21 +13,23 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from redis.exceptions import RedisError
 
+from stream_app.adapters.profile_cache import ProfileCache
 from stream_app.adapters.redis_client import Client, connect, walk
 from stream_app.adapters.redis_security import not_admitted
 from stream_app.core.decay import NEVER_MS
-from stream_app.core.profile import Profile, pack, unpack
+from stream_app.core.profile import Profile, earliest, pack, unpack
 from stream_app.errors import CommitMismatch, Fenced, StartRefused, StateLost, StoreUnavailable
 
 __all__ = ["Claim", "Commit", "Identity", "ProfileStore", "Watermark", "connect", "keys"]
 
 SCHEMA_VERSION: Final = "1"
 META_KEY: Final = "sa:meta"
-OUTBOX_PAGE: Final = 500
+#: Entries of up to 100 messages.
+OUTBOX_PAGE: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +145,9 @@ class Claim:
     next_due_ms: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Before:
-    """Memberships and next exit of a profile as they stood when it was loaded, to write only what changed."""
-
-    exits_at_ms: Mapping[str, int]
-    next_exit_ms: int | None
+#: Segment id to the instant of leaving.
+Memberships: TypeAlias = Mapping[str, int]
+_NONE: Final[Memberships] = {}
 
 
 @dataclass(slots=True)
@@ -159,8 +158,8 @@ class Commit:
     ----------
     profiles : mapping of user_id to Profile
         Changed profiles, whole.
-    before : mapping of user_id to Before
-        What the indexes hold for these users now.
+    before : mapping of user_id to Memberships
+        What the indexes hold for these users now: as loaded, to write only what changed.
     expires_at_ms : mapping of user_id to int
         Instant from which Redis may drop the profile; absent: never.
     outbox : list of bytes
@@ -174,7 +173,7 @@ class Commit:
     """
 
     profiles: Mapping[str, Profile] = field(default_factory=dict)
-    before: Mapping[str, Before] = field(default_factory=dict)
+    before: Mapping[str, Memberships] = field(default_factory=dict)
     expires_at_ms: Mapping[str, int] = field(default_factory=dict)
     outbox: Sequence[bytes] = ()
     watermark: int | None = None
@@ -268,9 +267,11 @@ class ProfileStore:
         raise _foreign(names.wm, *(item.decode() for item in reply[1:4]))
 
     async def load(
-        self, partition: int, user_ids: Iterable[str]
-    ) -> tuple[dict[str, Profile], dict[str, Before]]:
-        """Read the profiles of some users in one round trip; users without one are absent.
+        self, partition: int, user_ids: Iterable[str], cache: ProfileCache | None = None
+    ) -> tuple[dict[str, Profile], dict[str, Memberships]]:
+        """Read the profiles of some users, and their memberships as they are; users without one are absent.
+
+        Redis is asked, in one round trip, for those who are not in the cache.
 
         Raises
         ------
@@ -283,11 +284,15 @@ class ProfileStore:
         if not users:
             return {}, {}
         names = keys(partition)
-        with unavailable("load"):
-            blobs = await self._redis.mget([names.profile(user) for user in users])
+        blobs = dict.fromkeys(users) if cache is None else {user: cache.get(user) for user in users}
+        unknown = [user for user, blob in blobs.items() if blob is None]
+        if unknown:
+            with unavailable("load"):
+                stored = await self._redis.mget([names.profile(user) for user in unknown])
+            blobs.update(zip(unknown, stored, strict=True))
         profiles: dict[str, Profile] = {}
-        before: dict[str, Before] = {}
-        for user, blob in zip(users, blobs, strict=True):
+        before: dict[str, Memberships] = {}
+        for user, blob in blobs.items():
             if blob is None:
                 continue
             try:
@@ -300,7 +305,7 @@ class ProfileStore:
                     "Find out what else writes to these keys, then run `stream-app rebuild`.",
                 ) from exc
             profiles[user] = profile
-            before[user] = Before(dict(profile.memberships), profile.next_exit_ms)
+            before[user] = dict(profile.memberships)
         return profiles, before
 
     async def due(self, partition: int, until_ms: int, limit: int) -> list[str]:
@@ -317,8 +322,17 @@ class ProfileStore:
             )
         return [user.decode() for user in found]
 
-    async def commit(self, partition: int, epoch: int, number: int, commit: Commit) -> int | None:
+    async def commit(
+        self,
+        partition: int,
+        epoch: int,
+        number: int,
+        commit: Commit,
+        cache: ProfileCache | None = None,
+    ) -> int | None:
         """Make one step durable: commit number `number` follows.
+
+        The cache learns the profiles when Redis has confirmed them, and forgets everything when it has not.
 
         Returns
         -------
@@ -337,37 +351,59 @@ class ProfileStore:
             Redis did not answer as it should; the step may or may not have been made.
         """
         names = keys(partition)
-        script_keys = [names.wm, names.due, names.outbox, names.definitions, names.scored]
-        args: list[bytes | str | int] = []
-        member_index: dict[str, int] = {}
-        changes: list[bytes | str | int] = []
+        prefix = f"{names.prefix}profile:"
+        packed: dict[str, bytes] = {}
+        staying: list[str] = []
+        expiring: list[str] = []
+        blobs: list[bytes] = []
+        expiring_blobs: list[bytes | int] = []
+        due: list[str | int] = []
+        undue: list[str] = []
+        inside: dict[str, list[str | int]] = {}
+        outside: dict[str, list[str]] = {}
         for user, profile in commit.profiles.items():
-            script_keys.append(names.profile(user))
-            before = commit.before.get(user)
-            held: Mapping[str, int] = before.exits_at_ms if before else {}
-            next_exit = profile.next_exit_ms
-            due: str | int = ""
-            if next_exit != (before.next_exit_ms if before else None):
-                due = "-" if next_exit is None else next_exit
-            args += [user, pack(profile), commit.expires_at_ms.get(user, ""), due]
+            expires_at_ms = commit.expires_at_ms.get(user)
+            blob = packed[user] = pack(profile)
+            if expires_at_ms is None:
+                staying.append(prefix + user)
+                blobs.append(blob)
+            else:
+                expiring.append(prefix + user)
+                expiring_blobs += (blob, expires_at_ms)
+            held = commit.before.get(user, _NONE)
             memberships = profile.memberships
             if memberships == held:
                 continue
+            next_exit = earliest(memberships)
+            if next_exit is None:
+                undue.append(user)
+            elif next_exit != earliest(held):
+                due += (next_exit, user)
             for segment_id, exits_at in memberships.items():
                 if held.get(segment_id) != exits_at:
-                    index = member_index.setdefault(segment_id, len(member_index) + 1)
-                    changes += [index, user, "+inf" if exits_at >= NEVER_MS else exits_at]
+                    inside.setdefault(segment_id, []).extend(
+                        ("+inf" if exits_at >= NEVER_MS else exits_at, user)
+                    )
             for segment_id in held:
                 if segment_id not in memberships:
-                    index = member_index.setdefault(segment_id, len(member_index) + 1)
-                    changes += [index, user, "-"]
-        script_keys += [names.members(segment_id) for segment_id in member_index]
-        n_changes = len(changes) // 3
-        for user, scores in commit.scores.items():
-            script_keys.append(names.next(user))
+                    outside.setdefault(segment_id, []).append(user)
+        indexes = list(dict.fromkeys((*inside, *outside)))
+        members: list[str | int] = []
+        for segment_id in indexes:
+            entered, left = inside.get(segment_id, []), outside.get(segment_id, [])
+            members += (len(entered) // 2, len(left), *entered, *left)
+        scores: list[bytes | str | int] = []
+        for user, scored in commit.scores.items():
             # Without a profile beside them they live as long as they did.
-            expires_at_ms = commit.expires_at_ms.get(user, "") if user in commit.profiles else "="
-            changes += [user, "-" if scores is None else scores, commit.scored_ms, expires_at_ms]
+            expiry = commit.expires_at_ms.get(user, "") if user in commit.profiles else "="
+            scores += (user, "-" if scored is None else scored, commit.scored_ms, expiry)
+        script_keys = [
+            *(names.wm, names.due, names.outbox, names.definitions, names.scored),
+            *staying,
+            *expiring,
+            *map(names.members, indexes),
+            *map(names.next, commit.scores),
+        ]
         head: list[bytes | str | int] = [
             self.owner,
             epoch,
@@ -377,18 +413,30 @@ class ProfileStore:
             "" if commit.stream_time_ms is None else commit.stream_time_ms,
             commit.definitions or "",
             "" if commit.replayed_below is None else commit.replayed_below,
-            len(commit.profiles),
-            len(member_index),
-            n_changes,
+            len(staying),
+            len(expiring),
+            len(due) // 2,
+            len(undue),
+            len(indexes),
             len(commit.scores),
             len(commit.outbox),
         ]
-        return await self._run(partition, script_keys, [*head, *args, *changes, *commit.outbox], number - 1)
+        args = [*head, *blobs, *expiring_blobs, *due, *undue, *members, *scores, *commit.outbox]
+        try:
+            next_due_ms = await self._run(partition, script_keys, args, number - 1)
+        except BaseException:
+            if cache is not None:
+                cache.clear()
+            raise
+        if cache is not None:
+            for user, blob in packed.items():
+                cache.put(user, blob)
+        return next_due_ms
 
     async def trim(self, partition: int, epoch: int, number: int) -> int | None:
         """Drop the outbox of commit `number`, which is published; checks and errors of `commit`."""
         names = keys(partition)
-        args: list[bytes | str | int] = [self.owner, epoch, number, "trim", "", "", "", "", 0, 0, 0, 0, 0]
+        args: list[bytes | str | int] = [self.owner, epoch, number, "trim", *("",) * 4, *(0,) * 7]
         script_keys = [names.wm, names.due, names.outbox, names.definitions, names.scored]
         return await self._run(partition, script_keys, args, number)
 
@@ -405,7 +453,7 @@ class ProfileStore:
                 )
             if not page:
                 return
-            yield [fields[b"m"] for _, fields in page]
+            yield [message for _, fields in page for message in fields.values()]
             first = "(" + page[-1][0].decode()
 
     async def watermarks(self, partitions: Iterable[int]) -> dict[int, Watermark | None]:
@@ -419,7 +467,7 @@ class ProfileStore:
         }
 
     async def outbox_length(self, partition: int) -> int:
-        """Return how many messages are committed and not known to be published."""
+        """Return how many entries, of up to 100 messages, are committed and not known to be published."""
         with unavailable("read the outbox"):
             return int(await self._redis.xlen(keys(partition).outbox))
 

@@ -49,6 +49,8 @@ MAX_ASSETS = 256
 MAX_EVENT_TYPES = 64
 """Caps of one profile, over all its event types; they never drop what a base segment names."""
 
+_DIGEST_BYTES = 8
+
 _PRUNE_EVERY = 64
 _FAINT = 1e-3
 """Every 64th event drops the keys that weigh less than this part of the history floor."""
@@ -62,7 +64,21 @@ def event_digest(event_id: str) -> bytes:
     >>> event_digest("e-1").hex()
     '317386494bf10d9f'
     """
-    return hashlib.blake2b(event_id.encode(), digest_size=8).digest()
+    return hashlib.blake2b(event_id.encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+def remembers(recent_ids: bytes, digest: bytes) -> bool:
+    """Tell whether a digest is among those of a profile.
+
+    Examples
+    --------
+    >>> remembers(b"12345678abcdefgh", b"abcdefgh"), remembers(b"12345678abcdefgh", b"5678abcd")
+    (True, False)
+    """
+    found = recent_ids.find(digest)
+    while found % _DIGEST_BYTES and found >= 0:  # bytes of two others
+        found = recent_ids.find(digest, found + 1)
+    return found >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +170,7 @@ class Fold:
                 transitions += end_leases(profile, self.segments, at_ms, NEVER_MS)
                 profile = self._new_profile(event.user_id, at_ms)  # step 2
         digest = event_digest(event.event_id)
-        if digest in profile.recent_ids:  # step 3
+        if remembers(profile.recent_ids, digest):  # step 3
             return profile, transitions
         if self._add(profile, event, at_ms):  # step 4
             candidates = self._touch(profile, event, at_ms)
@@ -167,9 +183,7 @@ class Fold:
                 caused += convert(profile, event, self.segments, at_ms, offset)
                 caused.sort(key=exits_first)
             transitions += caused
-        profile.recent_ids.append(digest)
-        if len(profile.recent_ids) > REMEMBERED_IDS:
-            del profile.recent_ids[0]
+        profile.recent_ids = (profile.recent_ids + digest)[-_DIGEST_BYTES * REMEMBERED_IDS :]
         profile.applied += 1
         self._forget(profile, event.event_type, at_ms)
         return profile, transitions
@@ -287,7 +301,7 @@ class Fold:
             self._begin_seen(profile)
         sums = profile.weights.get(event_type)
         if sums is None:
-            sums = profile.weights[event_type] = TypeSums()
+            sums = profile.weights[event_type] = TypeSums(0.0, {}, {})
         sums.total += amount
         labels = sums.labels
         for label in event.labels:
@@ -530,7 +544,10 @@ class Fold:
             sums = profile.weights.get(event_type)
             if sums is not None:
                 amounts = sums.labels if criterion.kind == "label" else sums.assets
-                owned.update(criterion.item_set.intersection(amounts))
+                if len(criterion.items) < len(amounts):
+                    owned.update([item for item in criterion.items if item in amounts])
+                else:
+                    owned.update(criterion.item_set.intersection(amounts))
         return owned
 
     def _sums(

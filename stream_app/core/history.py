@@ -90,7 +90,7 @@ class History:
         --------
         >>> from stream_app.core.profile import TypeSums
         >>> view = TypeSums(3.0, {"tea": 2.0, "milk": 1.0}, {"a-1": 3.0})
-        >>> buy = TypeSums(1.0, {"tea": 1.0})
+        >>> buy = TypeSums(1.0, {"tea": 1.0}, {})
         >>> user = Profile("u1", 0, {"view": view, "buy": buy}, seen_ms={"milk": 5, "tea": 9})
         >>> history = History.of(user, Weights(half_life_s=60), at_ms=60_000)
         >>> history.labels, history.weights, history.seen_ms, history.assets

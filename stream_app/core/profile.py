@@ -4,12 +4,11 @@ Decides the shape of a profile and its bytes, which are a public API with a sche
 when a profile changes (that is `fold`) or where it is kept.
 """
 
-import struct
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from math import isfinite
-from typing import Any
+from typing import Literal
 
-import msgpack
+import msgspec
 
 from stream_app.core.decay import NEVER_MS, Weights
 
@@ -19,6 +18,7 @@ __all__ = [
     "Discovery",
     "Profile",
     "TypeSums",
+    "earliest",
     "pack",
     "unpack",
     "weights_at",
@@ -29,13 +29,11 @@ REMEMBERED_IDS = 32
 """How many applied events a profile remembers, to recognise a producer's duplicate."""
 
 _ID_BYTES = 8
-_IDS = tuple(struct.Struct(f"{_ID_BYTES}s" * count) for count in range(REMEMBERED_IDS + 1))
-_FIELDS = 9
-"""How many fields every profile has; `s` and `p` may follow."""
 
 
-@dataclass(slots=True)
-class TypeSums:
+# Structs of msgspec, decoded and encoded in C: for a profile of 520 bytes 2.6 and 1.5 us, where msgpack and
+# checks in Python took 7.6 and 4.5. `gc=False`: they are in no cycles, and there are many.
+class TypeSums(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
     """What one event type has left behind: forward-decayed sums, or weights where a function says so.
 
     Parameters
@@ -48,13 +46,12 @@ class TypeSums:
         Maps asset id to that of the events on it, may be empty.
     """
 
-    total: float = 0.0
-    labels: dict[str, float] = field(default_factory=dict)
-    assets: dict[str, float] = field(default_factory=dict)
+    total: float
+    labels: dict[str, float]
+    assets: dict[str, float]
 
 
-@dataclass(slots=True)
-class Discovery:
+class Discovery(msgspec.Struct, gc=False):
     """A user's standing in one discovery segment, now or once.
 
     Parameters
@@ -78,8 +75,7 @@ class Discovery:
     score: float = 0.0
 
 
-@dataclass(slots=True)
-class Profile:
+class Profile(msgspec.Struct, gc=False):
     """All state of one user. Mutable, owned by the caller, not safe to share between threads.
 
     Parameters
@@ -95,7 +91,7 @@ class Profile:
     exits_at_ms
         Maps the segments that the user is in to the instant of leaving; `NEVER_MS` for never.
     recent_ids
-        8-byte hashes of the ids of the last events applied, at most 32, oldest first.
+        8-byte hashes of the ids of the last events applied, one after the other, at most 32, oldest first.
     applied
         How many events were applied.
     forget_ms
@@ -114,16 +110,16 @@ class Profile:
 
     user_id: str
     landmark_ms: int
-    weights: dict[str, TypeSums] = field(default_factory=dict)
-    seqs: dict[str, int] = field(default_factory=dict)
-    exits_at_ms: dict[str, int] = field(default_factory=dict)
-    recent_ids: list[bytes] = field(default_factory=list)
+    weights: dict[str, TypeSums] = {}
+    seqs: dict[str, int] = {}
+    exits_at_ms: dict[str, int] = {}
+    recent_ids: bytes = b""
     applied: int = 0
     forget_ms: int = 0
     last_transition_ms: int | None = None
     definitions: str = ""
-    seen_ms: dict[str, int] = field(default_factory=dict)
-    discovery: dict[str, Discovery] = field(default_factory=dict)
+    seen_ms: dict[str, int] = {}
+    discovery: dict[str, Discovery] = {}
 
     @property
     def memberships(self) -> dict[str, int]:
@@ -140,12 +136,23 @@ class Profile:
     @property
     def next_exit_ms(self) -> int | None:
         """The earliest instant at which the user leaves a segment, `None` if there is none."""
-        earliest = min(self.memberships.values(), default=NEVER_MS)
-        return earliest if earliest < NEVER_MS else None
+        return earliest(self.memberships)
 
     def is_member(self, segment_id: str) -> bool:
         """Tell whether the user is in a base segment."""
         return segment_id in self.exits_at_ms
+
+
+def earliest(exits_at_ms: Mapping[str, int]) -> int | None:
+    """Return the earliest of some instants of leaving, `None` if none ever comes.
+
+    Examples
+    --------
+    >>> earliest({"a": 7, "b": 5, "c": NEVER_MS}), earliest({"c": NEVER_MS}), earliest({})
+    (5, None, None)
+    """
+    first = min(exits_at_ms.values(), default=NEVER_MS)
+    return first if first < NEVER_MS else None
 
 
 def pack(profile: Profile) -> bytes:
@@ -182,35 +189,34 @@ def pack(profile: Profile) -> bytes:
 
     Examples
     --------
-    >>> blob = pack(Profile("u1", 1_000, {"view": TypeSums(1.5, {"swimwear": 1.5})}, forget_ms=2_000))
+    >>> blob = pack(Profile("u1", 1_000, {"view": TypeSums(1.5, {"swimwear": 1.5}, {})}, forget_ms=2_000))
     >>> len(blob)
     68
     >>> unpack("u1", blob).weights["view"].labels
     {'swimwear': 1.5}
     """
     exits = profile.exits_at_ms
-    document: dict[str, Any] = {
-        "v": SCHEMA_VERSION,
-        "l": profile.landmark_ms,
-        "w": {
-            event_type: (sums.total, sums.labels, sums.assets) for event_type, sums in profile.weights.items()
-        },
-        "m": {segment_id: (seq, exits.get(segment_id)) for segment_id, seq in profile.seqs.items()},
-        "i": b"".join(profile.recent_ids),
-        "n": profile.applied,
-        "f": profile.forget_ms,
-        "t": profile.last_transition_ms,
-        "d": profile.definitions,
-    }
-    if profile.seen_ms:
-        document["s"] = profile.seen_ms
+    discovery: dict[str, _StoredDiscovery] | msgspec.UnsetType = msgspec.UNSET
     if profile.discovery:
-        document["p"] = {
+        discovery = {
             segment_id: (state.seq, state.exits_at_ms, state.labels or None, state.score, state.time_ms)
             for segment_id, state in profile.discovery.items()
         }
-    packed: bytes = msgpack.packb(document)
-    return packed
+    return _encode(
+        _Stored(
+            1,
+            profile.landmark_ms,
+            profile.weights,
+            {segment_id: (seq, exits.get(segment_id)) for segment_id, seq in profile.seqs.items()},
+            profile.recent_ids,
+            profile.applied,
+            profile.forget_ms,
+            profile.last_transition_ms,
+            profile.definitions,
+            profile.seen_ms or msgspec.UNSET,
+            discovery,
+        )
+    )
 
 
 def unpack(user_id: str, blob: bytes) -> Profile:
@@ -235,100 +241,84 @@ def unpack(user_id: str, blob: bytes) -> Profile:
     >>> unpack("u1", b"\x80")
     Traceback (most recent call last):
     ...
-    ValueError: not a profile: expected a map of 9 fields with v = 1, got 0 fields with v = None
+    ValueError: not a profile: Object missing required field `v`
     """
     try:
-        document = msgpack.unpackb(blob)
-        seen_ms: dict[str, int] = {}
-        discovery: dict[str, Discovery] = {}
-        if type(document) is dict and len(document) > _FIELDS:
-            seen_ms = _seen_ms(document.pop("s", seen_ms))
-            discovery = _discovery(document.pop("p", {}))
-        if type(document) is not dict or len(document) != _FIELDS or document["v"] != SCHEMA_VERSION:
-            got = document if type(document) is dict else {}
-            raise ValueError(
-                f"expected a map of {_FIELDS} fields with v = {SCHEMA_VERSION}, "
-                f"got {len(got)} fields with v = {got.get('v')!r}"
-            )
-        weights = {}
-        for event_type, (total, labels, assets) in document["w"].items():
-            # One sum tells whether all are finite, since real ones are far from the largest float; a key that
-            # is no string makes the join a TypeError.
-            if type(total) is not float or not isfinite(total + sum(labels.values()) + sum(assets.values())):
+        stored = _decode(blob)
+        for sums in stored.w.values():
+            # One sum tells whether all are finite, since real ones are far from the largest float.
+            if not isfinite(sums.total + sum(sums.labels.values()) + sum(sums.assets.values())):
                 raise ValueError("expected finite sums in w, got others")
-            "".join(labels), "".join(assets)
-            weights[event_type] = TypeSums(total, labels, assets)
         seqs = {}
         exits_at_ms = {}
-        for segment_id, (seq, exit_ms) in document["m"].items():
-            if (
-                type(seq) is not int
-                or seq < 1
-                or (type(exit_ms) is not int if seq & 1 else exit_ms is not None)
-            ):
-                raise ValueError(
-                    f"expected in m an odd seq with an instant or an even one without, got {(seq, exit_ms)!r}"
-                )
+        for segment_id, (seq, exit_ms) in stored.m.items():
             seqs[segment_id] = seq
             if exit_ms is not None:
                 exits_at_ms[segment_id] = exit_ms
-        "".join(weights), "".join(seqs)
-        landmark_ms, applied, forget_ms = document["l"], document["n"], document["f"]
-        last_transition_ms, definitions = document["t"], document["d"]
-        if (
-            not (type(landmark_ms) is type(applied) is type(forget_ms) is int)
-            or not (last_transition_ms is None or type(last_transition_ms) is int)
-            or type(definitions) is not str
-        ):
+            if seq < 1 or seq & 1 == (exit_ms is None):
+                raise ValueError(
+                    f"expected in m an odd seq with an instant or an even one without, got {(seq, exit_ms)!r}"
+                )
+        if len(stored.i) % _ID_BYTES or len(stored.i) > _ID_BYTES * REMEMBERED_IDS:
             raise ValueError(
-                "expected integers in l, n, f, an integer or nil in t and a string in d, got others"
+                f"expected in i up to {REMEMBERED_IDS} times {_ID_BYTES} bytes, got {len(stored.i)}"
             )
-        ids = document["i"]
         return Profile(
             user_id,
-            landmark_ms,
-            weights,
+            stored.l,
+            stored.w,
             seqs,
             exits_at_ms,
-            list(_IDS[len(ids) // _ID_BYTES].unpack(ids)),
-            applied,
-            forget_ms,
-            last_transition_ms,
-            definitions,
-            seen_ms,
-            discovery,
+            stored.i,
+            stored.n,
+            stored.f,
+            stored.t,
+            stored.d,
+            {} if stored.s is msgspec.UNSET else stored.s,
+            {} if stored.p is msgspec.UNSET else _discovery(stored.p),
         )
-    except (ValueError, TypeError, LookupError, AttributeError, struct.error, msgpack.UnpackException) as exc:
+    except (ValueError, RecursionError) as exc:
         # Without the user: the message may be logged.
         raise ValueError(f"not a profile: {exc}") from exc
 
 
-def _seen_ms(stored: dict[str, int]) -> dict[str, int]:
-    """Return the field `s` as it came, after a look at it."""
-    "".join(stored)
-    if not {int}.issuperset(map(type, stored.values())):
-        raise ValueError("expected integers in s, got others")
-    return stored
+_StoredDiscovery = tuple[int, int | None, tuple[str, ...] | None, float, int]
 
 
-def _discovery(stored: dict[str, list[Any]]) -> dict[str, Discovery]:
+class _Stored(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """The stored form, field by field as documented in `pack`."""
+
+    v: Literal[1]
+    l: int  # noqa: E741 - the name of the field
+    w: dict[str, TypeSums]
+    m: dict[str, tuple[int, int | None]]
+    i: bytes
+    n: int
+    f: int
+    t: int | None
+    d: str
+    s: dict[str, int] | msgspec.UnsetType = msgspec.UNSET
+    p: dict[str, _StoredDiscovery] | msgspec.UnsetType = msgspec.UNSET
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Stored).decode
+
+
+def _discovery(stored: dict[str, _StoredDiscovery]) -> dict[str, Discovery]:
     """Read the field `p`."""
-    "".join(stored)
     found = {}
     for segment_id, (seq, exits_at_ms, labels, score, time_ms) in stored.items():
-        if type(seq) is not int or seq < 1 or type(time_ms) is not int or type(score) is not float:
-            raise ValueError("expected in p a seq, a weight and an instant, got others")
         if seq & 1:
-            known = type(exits_at_ms) is int and type(labels) is list and len(labels) > 0 and isfinite(score)
-            "".join(labels or ())
+            known = seq > 0 and exits_at_ms is not None and bool(labels) and isfinite(score)
         else:
-            known = exits_at_ms is None and labels is None and score == 0.0
+            known = seq > 0 and exits_at_ms is None and labels is None and score == 0.0
         if not known:
             raise ValueError(
                 "expected in p an odd seq with a lease, labels and a finite weight, or an even one without, "
                 f"got {(seq, exits_at_ms, score, time_ms)!r}"
             )
-        found[segment_id] = Discovery(seq, time_ms, exits_at_ms, tuple(labels or ()), score)
+        found[segment_id] = Discovery(seq, time_ms, exits_at_ms, labels or (), score)
     return found
 
 

@@ -155,6 +155,6 @@ def _labels_of(profile: Profile) -> Profile:
     return Profile(
         profile.user_id,
         profile.landmark_ms,
-        {name: TypeSums(sums.total, dict(sums.labels)) for name, sums in profile.weights.items()},
+        {name: TypeSums(sums.total, dict(sums.labels), {}) for name, sums in profile.weights.items()},
         seen_ms=dict(profile.seen_ms),
     )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+import msgspec
+
 __all__ = ["Cause", "Prediction", "Transition", "exits_first", "transition_id"]
 
 
@@ -54,8 +56,7 @@ class Prediction:
     accuracy: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class Transition:
+class Transition(msgspec.Struct, frozen=True, gc=False):
     """A user entered or left a segment.
 
     Parameters

@@ -46,7 +46,9 @@ class UserWeights:
     Examples
     --------
     >>> found = UserWeights(
-    ...     "u1", 0, {"view": TypeSums(2.0, {"tea": 2.0}), "buy": TypeSums(0.5, {"tea": 0.5}, {"a-1": 0.5})}
+    ...     "u1",
+    ...     0,
+    ...     {"view": TypeSums(2.0, {"tea": 2.0}, {}), "buy": TypeSums(0.5, {"tea": 0.5}, {"a-1": 0.5})},
     ... )
     >>> found.labels, found.assets
     ({'tea': 2.5}, {'a-1': 0.5})

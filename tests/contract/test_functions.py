@@ -50,7 +50,7 @@ def call(raw: Any) -> Call:
 
 
 def user(user_id: str = "u1", **fields: Any) -> Profile:
-    fields = {"weights": {"view": TypeSums(3.0, {"tea": 2.0})}, "forget_ms": T0 + 100 * DAY_MS, **fields}
+    fields = {"weights": {"view": TypeSums(3.0, {"tea": 2.0}, {})}, "forget_ms": T0 + 100 * DAY_MS, **fields}
     return Profile(user_id, T0, **fields)
 
 
@@ -168,7 +168,7 @@ async def test_a_membership_that_never_ends_has_no_instant(fresh_redis: str, cal
 async def test_every_event_type_has_its_own_half_life_whatever_its_name(fresh_redis: str, call: Call) -> None:
     names = ["view", "2", "end", "a b", '"', "\\", "\n", "\0", "]]", "@CLOCK@", "é", "\N{GRINNING FACE}"]
     weights = Weights(60.0, 1e-3, {name: EventTypeWeight(1.0, 60.0 + n) for n, name in enumerate(names)})
-    profile = user(weights={name: TypeSums(1.0) for name in [*names, "other"]})
+    profile = user(weights={name: TypeSums(1.0, {}, {}) for name in [*names, "other"]})
     await store(fresh_redis, {0: [profile]}, weights=weights)
     assert_close(weights_of(call("sa_weights", "u1", T0 + 60_000)), weights_at(profile, weights, T0 + 60_000))
 
@@ -242,7 +242,7 @@ POISON_PROFILES = {
     "an array": msgpack.packb([1, 2]),
     "no fields": b"\x80",
     "cut short": pack(user())[:-3],
-    "cut within bytes": pack(user(recent_ids=[b"12345678"] * 32))[:-200],
+    "cut within bytes": pack(user(recent_ids=b"12345678" * 32))[:-200],
     "more behind it": pack(user()) + b"\xc0",
     "another version": changed(user(), v=2),
     "weights are text": changed(user(), w="text"),

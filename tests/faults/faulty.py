@@ -35,6 +35,7 @@ from stream_app.adapters.assignment import Assignment
 from stream_app.adapters.codec import Outgoing
 from stream_app.adapters.log_ends import LogEnds, LogProbe
 from stream_app.adapters.partition import PartitionTask
+from stream_app.adapters.profile_cache import ProfileCache
 from stream_app.adapters.profile_store import Commit, ProfileStore
 from stream_app.adapters.publisher import Publisher
 from stream_app.adapters.transport import Log, Slice, SliceApp, SliceConsumerThread
@@ -177,7 +178,12 @@ def _call_at(point: str, pass_by: Callable[[], None]) -> None:
         _replace(partition, "fold_slice", fold)
     elif point == "after commit":
         # One that leaves messages to publish: that is what a crash here could lose.
-        _after(ProfileStore, "commit", pass_by, only=lambda store, p, epoch, number, step: bool(step.outbox))
+        _after(
+            ProfileStore,
+            "commit",
+            pass_by,
+            only=lambda store, p, epoch, number, step, cache: bool(step.outbox),
+        )
     elif point == "after publish":
         _after(Publisher, "publish", pass_by, only=lambda publisher, messages: bool(messages))
     elif point == "before ack":
@@ -240,9 +246,11 @@ def _switch_off(switch: str) -> None:
     elif switch == "outbox":
         commit = ProfileStore.commit
 
-        async def forgetful(store: ProfileStore, p: int, epoch: int, number: int, step: Commit) -> int | None:
+        async def forgetful(
+            store: ProfileStore, p: int, epoch: int, number: int, step: Commit, cache: ProfileCache | None
+        ) -> int | None:
             # Not emptied in place: "after commit" asks the step whether there was anything to publish.
-            return await commit(store, p, epoch, number, replace(step, outbox=()))
+            return await commit(store, p, epoch, number, replace(step, outbox=()), cache)
 
         _replace(ProfileStore, "commit", forgetful)
     elif switch == "hold":

@@ -22,6 +22,7 @@ from redis.exceptions import NoScriptError
 
 from stream_app.adapters import redis_client
 from stream_app.adapters.partition import PartitionTask
+from stream_app.adapters.profile_cache import ProfileCache
 from stream_app.adapters.profile_store import Commit, ProfileStore
 from stream_app.errors import StoreUnavailable
 
@@ -91,8 +92,10 @@ def _without_once() -> None:
 def _without_order() -> None:
     commit = ProfileStore.commit
 
-    async def committed(store: ProfileStore, p: int, epoch: int, number: int, step: Commit) -> int | None:
-        await commit(store, p, epoch, number, step)
+    async def committed(
+        store: ProfileStore, p: int, epoch: int, number: int, step: Commit, cache: ProfileCache | None
+    ) -> int | None:
+        await commit(store, p, epoch, number, step, cache)
         return await store.trim(p, epoch, number)
 
     service: Any = ProfileStore

@@ -38,7 +38,7 @@ ANN = Profile(
     T0 - DAY_MS,
     {
         "view": TypeSums(3.0, {"tea": 2.0, "mugs": 1.0}, {"a-1": 1.0}),
-        "purchase": TypeSums(5.0, {"tea": 5.0}),
+        "purchase": TypeSums(5.0, {"tea": 5.0}, {}),
     },
     {"tea-lovers": 1, "seen": 3, "left": 2},
     {"tea-lovers": LATER, "seen": NEVER_MS},
@@ -48,7 +48,7 @@ ANN = Profile(
         "was-next": Discovery(2, T0),
     },
 )
-BOB = Profile("bob", T0, {"view": TypeSums(1.0)}, forget_ms=LATER)
+BOB = Profile("bob", T0, {"view": TypeSums(1.0, {}, {})}, forget_ms=LATER)
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -145,8 +145,10 @@ async def test_an_unknown_user_is_none_and_in_no_segment(fresh_redis: str, ask: 
 
 
 async def test_a_forgotten_user_is_unknown_unless_still_in_a_base_segment(fresh_redis: str, ask: Ask) -> None:
-    gone = Profile("gone", T0, {"view": TypeSums(1.0)}, forget_ms=T0)
-    stays = Profile("stays", T0, {"view": TypeSums(1.0)}, {"seen": 1}, {"seen": NEVER_MS}, forget_ms=T0)
+    gone = Profile("gone", T0, {"view": TypeSums(1.0, {}, {})}, forget_ms=T0)
+    stays = Profile(
+        "stays", T0, {"view": TypeSums(1.0, {}, {})}, {"seen": 1}, {"seen": NEVER_MS}, forget_ms=T0
+    )
     await store(fresh_redis, [gone, stays], scores=[scored("gone", ["tea"])])
     for method in ("weights", "segments", "next_categories", "recommendations", "user"):
         assert await ask(method, "gone") is None
@@ -186,7 +188,7 @@ async def test_a_membership_ends_at_its_instant_though_the_exit_is_not_published
     late = Profile(
         "late",
         T0,
-        {"view": TypeSums(1.0)},
+        {"view": TypeSums(1.0, {}, {})},
         {"past": 1, "seen": 1},
         {"past": T0, "seen": LATER},
         forget_ms=LATER,
@@ -204,7 +206,9 @@ async def test_members_of_all_partitions_are_iterated_page_by_page(
     fresh_redis: str, ask: Ask, clock: str
 ) -> None:
     users = [
-        Profile(f"u{n}", T0, {"view": TypeSums(1.0)}, {"seen": 1}, {"seen": LATER + n}, forget_ms=LATER)
+        Profile(
+            f"u{n}", T0, {"view": TypeSums(1.0, {}, {})}, {"seen": 1}, {"seen": LATER + n}, forget_ms=LATER
+        )
         for n in range(2 * 1000)
     ]
     await store(fresh_redis, {0: users[:1000], 2: users[1000:1999], 3: users[1999:]}, clock=clock)

@@ -20,7 +20,8 @@ from aiokafka import AIOKafkaProducer
 from stream_app.adapters.checks import check_kafka
 from stream_app.adapters.kafka_admin import KafkaAdmin
 from stream_app.adapters.partitioner import partition_of
-from stream_app.adapters.profile_store import Before, ProfileStore, connect
+from stream_app.adapters.profile_cache import ProfileCache
+from stream_app.adapters.profile_store import Memberships, ProfileStore, connect
 from stream_app.app import Worker, build_app
 from stream_app.core.profile import Profile
 from stream_app.settings import load_settings
@@ -187,12 +188,12 @@ class WaitingStore(ProfileStore):
         self.may_answer = asyncio.Event()
 
     async def load(
-        self, partition: int, user_ids: Iterable[str]
-    ) -> tuple[dict[str, Profile], dict[str, Before]]:
+        self, partition: int, user_ids: Iterable[str], cache: ProfileCache | None = None
+    ) -> tuple[dict[str, Profile], dict[str, Memberships]]:
         if partition == self.slow:
             self.asked.set()
             await self.may_answer.wait()
-        return await super().load(partition, user_ids)
+        return await super().load(partition, user_ids, cache)
 
 
 @asynccontextmanager

@@ -248,7 +248,9 @@ class MemoryRedis:
         told = iter(args)
         owner, epoch, expected, kind = (next(told) for _ in range(4))
         watermark, stream_time_ms, definitions, replayed_below = (next(told) for _ in range(4))
-        n_profiles, n_indexes, n_changes, n_scores, n_outbox = (int(next(told)) for _ in range(5))
+        n_staying, n_expiring, n_due, n_undue, n_indexes, n_scores, n_outbox = (
+            int(next(told)) for _ in range(7)
+        )
         wm = self.hgetall(wm_key)
         refusal = self._refusal(wm, owner, epoch, expected)
         if refusal:
@@ -257,21 +259,22 @@ class MemoryRedis:
         self.delete(outbox_key)
         if kind == b"commit":
             following = iter(keys[5:])
-            for _ in range(n_profiles):
-                key, user, blob, expiry, due = next(following), *(next(told) for _ in range(4))
-                self.set(key, blob, pxat=expiry or None)
-                if due == b"-":
-                    self.zrem(due_key, user)
-                elif due:
-                    self.zadd(due_key, {user: due})
-            indexes = [next(following) for _ in range(n_indexes)]
-            for _ in range(n_changes):
-                index, user, exits_at = (next(told) for _ in range(3))
-                key = indexes[int(index) - 1]
-                if exits_at == b"-":
-                    self.zrem(key, user)
-                else:
+            for _ in range(n_staying):
+                self.set(next(following), next(told))
+            for _ in range(n_expiring):
+                self.set(next(following), next(told), pxat=next(told))
+            for _ in range(n_due):
+                due_ms, user = next(told), next(told)
+                self.zadd(due_key, {user: due_ms})
+            for _ in range(n_undue):
+                self.zrem(due_key, next(told))
+            for _ in range(n_indexes):
+                key, n_in, n_out = next(following), int(next(told)), int(next(told))
+                for _ in range(n_in):
+                    exits_at, user = next(told), next(told)
                     self.zadd(key, {user: exits_at})
+                for _ in range(n_out):
+                    self.zrem(key, next(told))
             for _ in range(n_scores):
                 key, user, blob, scored_ms, expiry = next(following), *(next(told) for _ in range(4))
                 if blob == b"-":
@@ -282,8 +285,9 @@ class MemoryRedis:
                     self.set(key, blob, pxat=None if keeps else expiry or None, keepttl=keeps)
                     self.zadd(scored_key, {user: scored_ms})
             number = int(wm.get(b"commit", 0)) + 1
-            for n in range(n_outbox):
-                self.xadd(outbox_key, {"m": next(told)}, id=f"{number}-{n + 1}")
+            for first in range(0, n_outbox, 100):
+                fields = {str(n + 1): next(told) for n in range(first, min(first + 100, n_outbox))}
+                self.xadd(outbox_key, fields, id=f"{number}-{first // 100 + 1}")
             if definitions:
                 self.hdel(sets_key, *(other for other in self.hkeys(sets_key) if other != definitions))
             said = {

@@ -119,7 +119,8 @@ class Witness:
         said = [
             message
             for _, fields in self._redis.xrange(keys[2])
-            if (message := _transition(Outgoing.unpack(fields[b"m"]))) is not None
+            for packed in fields.values()
+            if (message := _transition(Outgoing.unpack(packed))) is not None
         ]
         self._in_hand[(worker, partition)] = {message["id"] for message in said}
         if self._knows(worker, partition):

@@ -57,6 +57,7 @@ class Surroundings:
     committing: list[Worker]
     witness: Witness
     publishes_outbox: bool = True
+    cache_bytes: int = 0
 
 
 class Worker:
@@ -115,6 +116,7 @@ class Worker:
                 check_producer_time=False,
                 accept_gap=False,
                 load_functions=self._load_functions,
+                cache_bytes=around.cache_bytes,
             )
         )
         self._background = [

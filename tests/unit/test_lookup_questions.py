@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 HOUR = Weights(half_life_s=3600.0).fingerprint().encode()
 DAY = Weights(half_life_s=86_400.0).fingerprint().encode()
-USER = Profile("u1", 0, {"view": TypeSums(4.0, {"tea": 4.0})}, forget_ms=10**15)
+USER = Profile("u1", 0, {"view": TypeSums(4.0, {"tea": 4.0}, {})}, forget_ms=10**15)
 PARTITIONS = 8
 EXPECTED = partition_of(b"u1", PARTITIONS)
 WHEN = instant(None, wall_ms=3_600_000)

@@ -31,7 +31,7 @@ class FailingStore:
     async def scored_before(self, partition: int, until_ms: int, limit: int) -> list[str]:
         return []
 
-    async def load(self, partition: int, users: object) -> object:
+    async def load(self, partition: int, users: object, cache: object) -> object:
         self.asked.set()
         await self.answer.wait()
         raise StoreUnavailable("Redis, load", "ConnectionError")

@@ -107,7 +107,7 @@ def test_an_event_without_action_weight_is_applied_and_leaves_no_key() -> None:
     user = User(fold_of(SWIM))
     assert user.does(0, "swimwear", event_type="idle") == []
     assert user.known.weights == {}
-    assert (user.known.applied, user.known.recent_ids) == (1, [event_digest("e-0")])
+    assert (user.known.applied, user.known.recent_ids) == (1, event_digest("e-0"))
 
 
 def test_the_order_of_events_does_not_change_the_weights() -> None:
@@ -441,7 +441,7 @@ def test_a_duplicate_among_the_last_32_adds_nothing() -> None:
         user.does(0, "b")
     user.does(0, "a", event_id="twice")
     assert user.weight("view", "a", 0) == 1.0
-    assert (user.known.applied, len(user.known.recent_ids)) == (32, 32)
+    assert (user.known.applied, len(user.known.recent_ids)) == (32, 8 * 32)
 
 
 def test_a_duplicate_after_32_others_counts_again() -> None:
