@@ -53,6 +53,9 @@ __all__ = ["Worker", "build_app", "run_worker"]
 logger = logging.getLogger(__name__)
 
 OWNER_BYTES: Final = 8
+#: How long the thread that talks to Kafka may wait for the other to let it run: 5 ms is Python's wont, twice
+#: for each slice.
+SWITCH_S: Final = 0.0005
 #: New containers between two looks of the garbage collector.
 GC_AFTER: Final = 50_000
 #: How long each part may take to stop after the drain.
@@ -193,6 +196,7 @@ def run_worker(settings: Settings, *, until_end: bool, accept_gap: bool, uncheck
     # What was imported is never garbage, and what a slice makes lives no longer than it: looked through
     # after every 700 new containers, as is Python's wont, it took 13 % of the worker's time.
     gc.freeze()
+    sys.setswitchinterval(SWITCH_S)
     gc.set_threshold(GC_AFTER)
     left_behind: list[str] = []
     failures: list[BaseException] = []

@@ -1,4 +1,4 @@
-"""A pytest plugin, `-p tests.interpreted`: `stream_app.core` as it is written, also where it has been compiled.
+"""A pytest plugin, `-p tests.interpreted`: `stream_app.core` as it is written, even where it is compiled.
 
 Must be loaded before anything of `stream_app`, as `-p` does.
 """

@@ -61,8 +61,14 @@ logger = logging.getLogger(__name__)
 QUEUED_SLICES: Final = 8
 #: Users whose exits one commit fires, or who are re-evaluated by one commit, at most.
 USERS_PER_STEP: Final = 500
+#: With a backlog, exits that are due by stream time wait for so many slices, since each round of them is a
+#: commit of its own. They carry their own instants and nobody's order changes; it saves 4 % of a replay.
+FIRED_AFTER: Final = 4
 #: How long after an exit's instant the timer asks whether the log has anything to say about it.
 GRACE_MS: Final = 150
+#: How long a published outbox waits for the next commit to drop it: a commit only for that, after each of the
+#: small slices of a quiet stream, would be every second one.
+TRIM_AFTER_S: Final = 0.1
 #: How long a partition with nothing to do goes without asking whether it still owns its state.
 MOST_IDLE_S: Final = 2.0
 #: How soon the timer asks again when the log was ahead of the fold.
@@ -152,6 +158,10 @@ class _Owned:
     outbox_is_empty: bool = True
     scores_are_gone: bool = False
     rewound_s: float = 0.0
+    #: When the outbox is dropped if no commit comes.
+    trim_s: float = 0.0
+    #: Slices folded since exits were last looked at.
+    unfired: int = 0
     cache: ProfileCache = field(default_factory=lambda: ProfileCache(0))
 
 
@@ -453,10 +463,13 @@ class PartitionTask:
             if self._queue:
                 await self._take_slice(owned, *self._queue.popleft())
                 idle = False
-            if self._due_by_stream_time(owned):
+                owned.unfired += 1
+            if self._due_by_stream_time(owned) and (not self._queue or owned.unfired >= FIRED_AFTER):
                 await self._fire_all(owned)
+                owned.unfired = 0
                 idle = False
-            self._report_processed(owned)
+            if not self._due_by_stream_time(owned):
+                self._report_processed(owned)
             if self._shell.learner is None:
                 if await self._forget_scores(owned):
                     idle = False
@@ -465,7 +478,7 @@ class PartitionTask:
             if self._requests:
                 await self._answer(owned, self._requests.popleft())
                 idle = False
-            if idle and not owned.outbox_is_empty:
+            if idle and not owned.outbox_is_empty and self._shell.monotonic_s() >= owned.trim_s:
                 await self._trim(owned)
                 idle = False
             if idle:
@@ -779,12 +792,15 @@ class PartitionTask:
         self._wake.clear()
         if self._queue or self._requests or self._draining:
             return
-        wait_s = owned.looked_s + MOST_IDLE_S - self._shell.monotonic_s()
+        now_s = self._shell.monotonic_s()
+        wait_s = owned.looked_s + MOST_IDLE_S - now_s
         if wait_s <= 0:
             # Also while exits are due and the log is ahead: the slice that they wait for may be lost.
             await self._look_around(owned)
             owned.looked_s = self._shell.monotonic_s()
             return
+        if not owned.outbox_is_empty:
+            wait_s = min(wait_s, owned.trim_s - now_s)
         due_ms = owned.next_due_ms if self._shell.clock == "wall" else None
         if due_ms is not None:
             wait_s = min(wait_s, (due_ms + GRACE_MS - self._shell.now_ms()) / 1000.0)
@@ -857,6 +873,7 @@ class PartitionTask:
         if step.stream_time_ms is not None:
             owned.stream_time_ms = step.stream_time_ms
         owned.outbox_is_empty = not outgoing
+        owned.trim_s = self._shell.monotonic_s() + TRIM_AFTER_S
         self.moved_s = self._shell.monotonic_s()
         if outgoing:
             await self._publish(outgoing)

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from stream_app.core import standings
 from stream_app.core.decay import NEVER_MS, Weights
 
 __all__ = [
@@ -195,7 +196,6 @@ def pack(profile: Profile) -> bytes:
     >>> unpack("u1", blob).weights["view"].labels
     {'swimwear': 1.5}
     """
-    exits = profile.exits_at_ms
     discovery: dict[str, _StoredDiscovery] | msgspec.UnsetType = msgspec.UNSET
     if profile.discovery:
         discovery = {
@@ -207,7 +207,7 @@ def pack(profile: Profile) -> bytes:
             1,
             profile.landmark_ms,
             profile.weights,
-            {segment_id: (seq, exits.get(segment_id)) for segment_id, seq in profile.seqs.items()},
+            standings.to_stored(profile.seqs, profile.exits_at_ms),
             profile.recent_ids,
             profile.applied,
             profile.forget_ms,
@@ -249,16 +249,7 @@ def unpack(user_id: str, blob: bytes) -> Profile:
             # One sum tells whether all are finite, since real ones are far from the largest float.
             if not isfinite(sums.total + sum(sums.labels.values()) + sum(sums.assets.values())):
                 raise ValueError("expected finite sums in w, got others")
-        seqs = {}
-        exits_at_ms = {}
-        for segment_id, (seq, exit_ms) in stored.m.items():
-            seqs[segment_id] = seq
-            if exit_ms is not None:
-                exits_at_ms[segment_id] = exit_ms
-            if seq < 1 or seq & 1 == (exit_ms is None):
-                raise ValueError(
-                    f"expected in m an odd seq with an instant or an even one without, got {(seq, exit_ms)!r}"
-                )
+        seqs, exits_at_ms = standings.from_stored(stored.m)
         if len(stored.i) % _ID_BYTES or len(stored.i) > _ID_BYTES * REMEMBERED_IDS:
             raise ValueError(
                 f"expected in i up to {REMEMBERED_IDS} times {_ID_BYTES} bytes, got {len(stored.i)}"

@@ -10,12 +10,15 @@ from math import isfinite
 from typing import NamedTuple
 
 import msgpack
+import msgspec
 
 __all__ = ["MAX_SCORES", "SCORES_VERSION", "Recommendation", "Scored", "pack_scores", "unpack_scores"]
 
 SCORES_VERSION = 1
 MAX_SCORES = 20
 """How many next categories, and how many recommendations, are kept of a user at most."""
+
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class Recommendation(NamedTuple):
@@ -95,7 +98,7 @@ def pack_scores(scored: Scored) -> bytes:
     >>> len(blob), unpack_scores("u1", blob).recommendations[0].growth_weight
     (76, 0.25)
     """
-    packed: bytes = msgpack.packb(
+    return _encode(
         {
             "v": SCORES_VERSION,
             "t": scored.at_ms,
@@ -104,7 +107,6 @@ def pack_scores(scored: Scored) -> bytes:
             "r": scored.recommendations,
         }
     )
-    return packed
 
 
 def unpack_scores(user_id: str, blob: bytes) -> Scored:

@@ -27,7 +27,7 @@ SEEDS_A_TEST: Final = 20
 #: Seeds that have shown a defect of the service.
 FOUND_SOMETHING: Final = (11, 79, 88, 170, 181, 212, 474, 513)
 #: Among this many seeds a control must report something.
-CONTROL_SEEDS: Final = 40
+CONTROL_SEEDS: Final = 300
 DIARY_SHOWN: Final = 150
 
 #: Effects of faults that some seed must have had, beside the faults themselves.
