@@ -14,7 +14,7 @@ SEED ?= 20261122
 SEEDS ?= 2000
 # A row with a million events or fifty kills takes longer than a test that hangs.
 FAULTS := -m faults -o faulthandler_timeout=1200
-.PHONY: help venv demo test test-kafka test-faults check format lock clean
+.PHONY: help venv demo test test-kafka test-faults bench check format lock clean
 
 help: ## say what there is (this text)
 	@echo "Start here:"
@@ -56,6 +56,9 @@ test-faults: $(STAMP) ## try every fault, embedded and on Apache Kafka; SEED=n; 
 	TEST_BACKEND=apache FAULT_ROWS=.cache/faults/apache.json FAULT_SEED=$(SEED) \
 		$(BIN)/python -m pytest -v $(FAULTS) tests --ignore tests/simulation || failed=1; \
 	$(BIN)/python -m tests.faults.table .cache/faults/embedded.json .cache/faults/apache.json && exit $$failed
+
+bench: $(STAMP) ## race the service against its peers (needs Java, Maven, redis-server); BENCH=--quick; writes .cache/bench
+	$(BIN)/python -m tests.bench $(BENCH)
 
 check: $(STAMP) ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -41,7 +41,7 @@ import msgspec
 import numpy as np
 import redis
 
-from stream_app.adapters.event_lines import Block, read_blocks
+from stream_app.adapters.event_lines import read_blocks
 from stream_app.commands.progress import lines as progress_lines
 from stream_app.commands.replay import send_blocks
 from stream_app.commands.topics import create_missing_topics
@@ -49,10 +49,11 @@ from stream_app.embedded import Server, embedded_kafka, embedded_redis
 from stream_app.sample import load_sample
 from stream_app.settings import KafkaSettings
 from tests.backends import ROOT, Names
+from tests.bench.measure import process_cpu_s, spread
+from tests.bench.workload import blocks, draw_tastes, liked, toml_text
 from tests.processes import DYING_WITH_US, Program
 
 DEFAULT_LIMIT = 300_000
-BLOCK_LINES = 2_000
 #: The embedded broker lets a worker wait for half of it before it joins.
 SESSION_TIMEOUT_S = 6
 #: A run may take so long, and so long an event.
@@ -125,16 +126,9 @@ def synthetic_lines(labels: int, users: int, events: int, seed: int) -> list[byt
     one label, one event in ten also names a second one of the user's taste.
     """
     rng = np.random.default_rng(seed)
-    popularity = -0.7 * np.log(np.arange(1, labels + 1))
     width = min(60, labels)
     sizes = rng.integers(min(40, labels), width + 1, users)
-    tastes = np.empty((users, width), np.int64)
-    for first in range(0, users, 1000):
-        part = slice(first, min(first + 1000, users))
-        # The largest of log weight + Gumbel noise are a weighted draw without replacement.
-        keys = popularity + rng.gumbel(size=(part.stop - part.start, labels))
-        top = np.argpartition(keys, -width, axis=1)[:, -width:]
-        tastes[part] = rng.permuted(top, axis=1)
+    tastes = draw_tastes(rng, users, labels, width)
     baskets = 1 + rng.poisson(3.0, events)
     baskets = baskets[: int(np.searchsorted(np.cumsum(baskets), events)) + 1]
     activity = rng.lognormal(0.0, 1.0, users)
@@ -142,10 +136,7 @@ def synthetic_lines(labels: int, users: int, events: int, seed: int) -> list[byt
     times = np.sort(rng.integers(0, SYNTHETIC_SPAN_S, len(baskets))) + SYNTHETIC_BEGIN_S
     user = np.repeat(visitors, baskets)[:events]
     time_s = np.repeat(times, baskets)[:events]
-    # What stands first in a taste is liked most: the root of a uniform number, turned around.
-    label, second = (
-        tastes[user, ((1.0 - np.sqrt(rng.random(events))) * sizes[user]).astype(np.int64)] for _ in range(2)
-    )
+    label, second = (tastes[user, liked(rng, events, sizes[user])] for _ in range(2))
     with_second = rng.random(events) < 0.1
     assets_per_label = max(1, SYNTHETIC_ASSETS // labels)
     asset = label * assets_per_label + np.minimum(
@@ -195,11 +186,7 @@ def segments_toml(found: Input, base: int, discovery: int, seed: int) -> str:
                 "min_weight": round(least, 6),
             }
         )
-    return "\n".join(
-        "[[segments]]\n"
-        + "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())
-        for table in tables
-    )
+    return toml_text(tables)
 
 
 # --- one run -----------------------------------------------------------------------------------------------
@@ -249,16 +236,11 @@ class Bench:
     def send(self, name: str, topic: str, lines: Sequence[bytes]) -> None:
         """Create a topic with these events."""
 
-        def blocks() -> Iterator[Block]:
-            for first in range(0, len(lines), BLOCK_LINES):
-                part: list[bytes | None] = [*lines[first : first + BLOCK_LINES]]
-                yield Block(name, first + 1, part, first + len(part))
-
         async def send() -> None:
             kafka = self.kafka_settings(topic)
             await create_missing_topics(kafka, self.partitions)
             with progress_lines(f"sending to {topic}") as on_progress:
-                outcome = await send_blocks(kafka, blocks(), len(lines), on_progress=on_progress)
+                outcome = await send_blocks(kafka, blocks(name, lines), len(lines), on_progress=on_progress)
             if outcome.failure is not None:
                 raise click.ClickException(str(outcome.failure))
             if outcome.acknowledged != len(lines):
@@ -303,7 +285,9 @@ class Bench:
                 "session-timeout": SESSION_TIMEOUT_S,
             }
             return ["-m", "tests.bench.plain_agent", *(f"--{k}={v}" for k, v in options.items())], {}
-        settings = {f"KAFKA__{key.upper()}": str(value) for key, value in kafka.model_dump().items()}
+        settings = {
+            f"KAFKA__{key.upper()}": str(value) for key, value in kafka.model_dump(exclude_unset=True).items()
+        }
         settings |= {
             "REDIS__URL": self.redis_url,
             "WORKER__CLOCK": "event",
@@ -351,13 +335,6 @@ class Bench:
             "broker": process_cpu_s(self.kafka.pid),
             "redis": process_cpu_s(self.store.pid),
         }
-
-
-def process_cpu_s(pid: int) -> float:
-    """CPU seconds of all threads of a running process, user and system."""
-    # The name, in parentheses, may hold anything; user and system time are fields 14 and 15 (proc(5)).
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- rounds and figures ------------------------------------------------------------------------------------
@@ -518,17 +495,6 @@ def per_event(use: Use, start: Use, events: int) -> dict[str, Any]:
         "worker_s": use.worker,
         "wall_s": use.wall,
     }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return median, least and most.
-
-    Examples
-    --------
-    >>> spread([3.0, 1.0, 2.0])
-    {'median': 2.0, 'min': 1.0, 'max': 3.0}
-    """
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
