@@ -30,7 +30,7 @@ help: ## say what there is (this text)
 venv: $(STAMP) ## install the package and its locked dependencies into .venv
 
 # What is compiled is compiled anew when it changes.
-$(STAMP): pyproject.toml $(LOCK) $(wildcard config/build/*.py stream_app/core/*.py)
+$(STAMP): pyproject.toml $(LOCK) $(wildcard config/packaging/*.py stream_app/core/*.py)
 	@echo "Installing into .venv, about a minute the first time ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK)
