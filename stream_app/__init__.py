@@ -6,7 +6,8 @@ The path of an event, by the files that it passes:
 2. `adapters/assignment.py` hands each slice to the task of its partition, `adapters/partition.py`, which
    takes it through all that follows.
 3. `adapters/codec.py` turns bytes into an event, or into a reason for the dead-letter topic.
-4. `adapters/profile_store.py` loads the profiles of the slice's users from Redis, all at once.
+4. `adapters/profile_store.py` loads the profiles of the slice's users: those who came last from
+   `adapters/profile_cache.py`, the others from Redis, all at once.
 5. `core/step.py` and `core/fold.py` decide: a profile and an event go in, the new profile and the
    transitions come out. `core/decay.py` is the arithmetic, `core/segment.py` the definitions,
    `core/segment_set.py` what they are compiled to.

@@ -44,12 +44,20 @@ def pytest_report_header() -> list[str]:
     return [f"servers: {servers()}", f"core: {core}", f"seed of the faults: {rows.seed()} (FAULT_SEED)"]
 
 
-def pytest_configure() -> None:
-    """Refuse a compiled core that is older than what it was compiled from: something else would be tested."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse a compiled core that is older than what it was compiled from: something else would be tested.
+
+    With ``CI=true`` also an interpreted one that nobody has asked for.
+    """
     for compiled in Path(fold.__file__).parent.glob("*.so"):
         source = compiled.with_name(compiled.name.partition(".")[0] + ".py")
-        if source.stat().st_mtime > compiled.stat().st_mtime:
-            pytest.exit(f"{source.name} has changed since it was compiled: run `make venv`", returncode=4)
+        if not source.exists() or source.stat().st_mtime > compiled.stat().st_mtime:
+            pytest.exit(
+                f"{source.name} has changed since it was compiled: run `make clean venv`", returncode=4
+            )
+    wanted = config.pluginmanager.hasplugin("tests.interpreted") or "STREAM_APP_INTERPRETED" in os.environ
+    if os.environ.get("CI") == "true" and not wanted and str(fold.__file__).endswith(".py"):
+        pytest.exit("the core is not compiled: see what `make venv` says, a C compiler may be missing", 4)
 
 
 # --- the table of faults -----------------------------------------------------------------------------------

@@ -468,8 +468,10 @@ class PartitionTask:
                 await self._fire_all(owned)
                 owned.unfired = 0
                 idle = False
-            if not self._due_by_stream_time(owned):
-                self._report_processed(owned)
+            if self._due_by_stream_time(owned):
+                # Nothing else looks at users before what is due has happened.
+                continue
+            self._report_processed(owned)
             if self._shell.learner is None:
                 if await self._forget_scores(owned):
                     idle = False
@@ -483,6 +485,8 @@ class PartitionTask:
                 idle = False
             if idle:
                 await self._wait(owned)
+        await self._fire_all(owned)
+        self._report_processed(owned)
         if not owned.outbox_is_empty:
             await self._trim(owned)
         await self.write_down()
@@ -802,10 +806,9 @@ class PartitionTask:
         if not owned.outbox_is_empty:
             wait_s = min(wait_s, owned.trim_s - now_s)
         due_ms = owned.next_due_ms if self._shell.clock == "wall" else None
-        if due_ms is not None:
-            wait_s = min(wait_s, (due_ms + GRACE_MS - self._shell.now_ms()) / 1000.0)
-        if due_ms is None or wait_s > 0:
-            await self._sleep(wait_s)
+        due_s = None if due_ms is None else (due_ms + GRACE_MS - self._shell.now_ms()) / 1000.0
+        if due_ms is None or due_s is None or due_s > 0:
+            await self._sleep(wait_s if due_s is None else min(wait_s, due_s))
             return
         # The log is asked after the instant: what is appended from now on carries a later Kafka timestamp.
         ends = await self._shell.probe.ends(self.partition)

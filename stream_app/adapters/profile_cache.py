@@ -1,8 +1,9 @@
 """Packed profiles of the users who came last, so that a slice need not ask Redis for them.
 
 Decides who is kept, within a bound of bytes. Whether what is kept is true is for its owner to know: a cache
-belongs to one claim of one partition, learns only what Redis has confirmed, and is thrown away with the claim
-when anything fails. While the claim holds nobody else may write, since every commit is fenced.
+belongs to one claim of one partition, learns only what Redis has confirmed, and is thrown away with the
+claim when anything fails. While the claim holds nobody else may write, since every commit is fenced:
+whatever changes a profile must be a commit, or raise the epoch.
 
 Packed, not as objects: 200 bytes and the profile's own a user, where objects take kilobytes and are slower,
 being spread over more memory than a processor keeps at hand.

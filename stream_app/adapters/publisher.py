@@ -32,10 +32,10 @@ __all__ = ["Publisher"]
 #: More than a dead letter's 64 KiB and its headers; Kafka's own default for a request is 1 MiB.
 MAX_REQUEST_BYTES = 1024 * 1024
 MAX_BATCH_BYTES = 256 * 1024
-#: Messages that are under way at once; with room for what a batch adds to them.
+#: Messages that are under way at once, all of which may go into one batch.
 CHUNK_BYTES = 192 * 1024
-#: About what a message's headers and framing take.
-HEADERS_BYTES = 512
+#: The most that framing takes: of a message, and of each of its headers (five and two varints).
+FRAME_BYTES, HEADER_FRAME_BYTES = 32, 10
 #: Failures that waiting does not cure.
 PERMANENT = (
     InvalidTopicError,
@@ -191,12 +191,13 @@ class Publisher:
         """Send one batch to each partition: a message then costs 3 us, where it took 19 by itself."""
         batches: dict[tuple[str, int], Any] = {}
         partitions: dict[str, int] = {}
-        for message in chunk:
+        for number, message in enumerate(chunk):
             topic = self._topics[message.kind]
             if topic not in partitions:
                 partitions[topic] = len(await producer.partitions_for(topic))
+            count = partitions[topic]
             # What has no key, a dead letter, has no order either.
-            partition = 0 if message.key is None else partition_of(message.key, partitions[topic])
+            partition = number % count if message.key is None else partition_of(message.key, count)
             batch = batches.get((topic, partition))
             if batch is None:
                 batch = batches[topic, partition] = producer.create_batch()
@@ -208,15 +209,15 @@ class Publisher:
                     f"expected a chunk of {CHUNK_BYTES} bytes to fit into a batch of {MAX_BATCH_BYTES}"
                 )
         sent: list[asyncio.Future[Any]] = []
-        answers: list[Any] = []
         try:
             for (topic, partition), batch in batches.items():
-                batch.close()  # or it would wait `linger_ms` for more
+                batch.close()
                 sent.append(await producer.send_batch(batch, topic, partition=partition))
-        finally:
-            # All of them, also when one fails: what is still under way must not arrive behind what follows.
-            answers += await asyncio.gather(*sent, return_exceptions=True)
-        for answer in answers:
+        except Exception:
+            await asyncio.gather(*sent, return_exceptions=True)
+            raise
+        # All of them, also when one fails: what is still under way must not arrive behind what follows.
+        for answer in await asyncio.gather(*sent, return_exceptions=True):
             if isinstance(answer, BaseException):
                 raise answer
 
@@ -224,6 +225,12 @@ class Publisher:
 def _fail(producer: aiokafka.AIOKafkaProducer) -> None:
     """Let everything that waits in a producer fail; it would wait for a broker that is away for ever."""
     producer._message_accumulator.fail_all(ProducerClosed())
+
+
+def _weight(message: Outgoing) -> int:
+    """Return the most that a message takes in a batch; a user's id alone may be 512 bytes, four times."""
+    headers = sum(len(name.encode()) + len(value) + HEADER_FRAME_BYTES for name, value in message.headers)
+    return len(message.value or b"") + len(message.key or b"") + headers + FRAME_BYTES
 
 
 def _chunks(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
@@ -234,7 +241,7 @@ def _chunks(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:
     chunk: list[Outgoing] = []
     size = 0
     for message in messages:
-        weight = len(message.value or b"") + len(message.key or b"") + HEADERS_BYTES
+        weight = _weight(message)
         if chunk and size + weight > CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0

@@ -14,11 +14,11 @@ import hashlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-import hiredis
 import redis.asyncio as aioredis
 from redis.asyncio.cluster import ClusterPipeline, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.connection import HiredisRespSerializer
 from redis.exceptions import (
     AuthenticationError,
     ClusterError,
@@ -166,12 +166,16 @@ def connect(url: str, *, cluster: bool = False, timeout_s: float = 5.0) -> Clien
 class _PacksInC:
     """Writes a command down with hiredis, as redis-py's own client without asyncio does.
 
-    A commit of 500 profiles has 2,500 arguments: 0.6 ms, where redis-py's Python took 1.8.
+    A commit of 500 profiles has 1,700 arguments: a third of what redis-py's Python takes. Not for a Cluster,
+    whose nodes make their connections themselves.
     """
 
     def pack_command(self, *args: Any) -> list[bytes]:
-        words = tuple(args[0].encode().split()) if isinstance(args[0], str) else (args[0],)
-        return [hiredis.pack_command((*words, *args[1:]))]
+        packed: list[bytes] = _SERIALIZER.pack(*args)
+        return packed
+
+
+_SERIALIZER: Any = HiredisRespSerializer()
 
 
 class _Connection(_PacksInC, aioredis.Connection):

@@ -118,7 +118,9 @@ async def _examine_partitions(settings: Settings, client: object, partitions: in
             inside = log.start <= wm.watermark <= log.end
             waiting = await store.outbox_length(partition)
             lag = log.end - wm.watermark
-            got = f"watermark {wm.watermark}, log {log.start} to {log.end}, lag {lag}, outbox {waiting}"
+            got = (
+                f"watermark {wm.watermark}, log {log.start} to {log.end}, lag {lag}, outbox entries {waiting}"
+            )
             action = (
                 "Run `stream-app rebuild`, or start the worker with --accept-gap; its refusal says which."
             )

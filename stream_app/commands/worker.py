@@ -5,15 +5,27 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
+from typing import Final
 
 import click
 
 from stream_app.commands.options import closing, configured
+from stream_app.commands.processes import run_together
 from stream_app.errors import StreamAppError
 
+MOST_PROCESSES: Final = 64
+PORT_SETTING: Final = "STREAM_APP__WORKER__HTTP_PORT"
 
-@click.command(epilog=closing("stream-app worker", "stream-app worker --until-end      (a backfill, a test)"))
+
+@click.command(
+    epilog=closing(
+        "stream-app worker",
+        "stream-app worker --processes 4     (one for each core)",
+        "stream-app worker --until-end       (a backfill, a test)",
+    )
+)
 @click.option(
     "--until-end",
     is_flag=True,
@@ -27,9 +39,22 @@ from stream_app.errors import StreamAppError
 @click.option(
     "--unchecked", is_flag=True, help="Start although Redis does not tell its eviction policy or its role."
 )
+@click.option(
+    "--processes",
+    type=click.IntRange(1, MOST_PROCESSES),
+    default=1,
+    show_default=True,
+    help="Run so many workers, for instance one for each core; when one fails, all end. Each keeps its own "
+    "cache, and the second and later ones listen on the ports after worker.http_port.",
+)
 @configured
 def worker(
-    until_end: bool, accept_gap: bool, unchecked: bool, config: Path | None, segments: Path | None
+    until_end: bool,
+    accept_gap: bool,
+    unchecked: bool,
+    processes: int,
+    config: Path | None,
+    segments: Path | None,
 ) -> None:
     """Fold events into profiles; publish who enters and leaves.
 
@@ -43,13 +68,25 @@ def worker(
     It refuses to start on anything that would break its promises, with what to do; `stream-app topics`
     creates the topics that it needs.
     """
-    from stream_app.app import run_worker  # Faust takes a second to import
     from stream_app.settings import load_settings
 
+    settings = load_settings(config, segments)
+    if processes > 1:
+        flags = {"--until-end": until_end, "--accept-gap": accept_gap, "--unchecked": unchecked}
+        options = [flag for flag, given in flags.items() if given]
+        options += [f"--config={config}"] if config else []
+        options += [f"--segments={segments}"] if segments else []
+        port = settings.worker.http_port
+        sys.exit(
+            run_together(
+                [sys.executable, "-m", "stream_app", "worker", *options],
+                [{PORT_SETTING: str(port + number if port else 0)} for number in range(processes)],
+            )
+        )
+    from stream_app.app import run_worker  # Faust takes a second to import
+
     _log_to_stderr()
-    run_worker(
-        load_settings(config, segments), until_end=until_end, accept_gap=accept_gap, unchecked=unchecked
-    )
+    run_worker(settings, until_end=until_end, accept_gap=accept_gap, unchecked=unchecked)
 
 
 def _log_to_stderr() -> None:

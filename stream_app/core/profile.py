@@ -268,7 +268,7 @@ def unpack(user_id: str, blob: bytes) -> Profile:
             {} if stored.s is msgspec.UNSET else stored.s,
             {} if stored.p is msgspec.UNSET else _discovery(stored.p),
         )
-    except (ValueError, RecursionError) as exc:
+    except (ValueError, msgspec.MsgspecError, RecursionError) as exc:
         # Without the user: the message may be logged.
         raise ValueError(f"not a profile: {exc}") from exc
 

@@ -26,7 +26,8 @@ SEEDS: Final = int(os.environ.get("FAULT_SEEDS", "220"))
 SEEDS_A_TEST: Final = 20
 #: Seeds that have shown a defect of the service.
 FOUND_SOMETHING: Final = (11, 79, 88, 170, 181, 212, 474, 513)
-#: Among this many seeds a control must report something.
+#: Among this many seeds a control must report something. Without commit numbers it takes the most: what a
+#: worker has kept of its users hides that Redis was set back.
 CONTROL_SEEDS: Final = 300
 DIARY_SHOWN: Final = 150
 
