@@ -34,7 +34,7 @@ from stream_app.adapters.metrics import Metrics
 from stream_app.adapters.ports import AsksLogEnds, PublishesMessages, ReadsLog
 from stream_app.adapters.profile_cache import ProfileCache
 from stream_app.adapters.profile_store import Claim, Commit, Identity, Memberships, ProfileStore
-from stream_app.adapters.transport import Slice
+from stream_app.adapters.transport import SLICE_BYTES, SLICE_RECORDS, Slice
 from stream_app.core.decay import NEVER_MS
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold
@@ -461,7 +461,8 @@ class PartitionTask:
         while not self._draining:
             idle = True
             if self._queue:
-                await self._take_slice(owned, *self._queue.popleft())
+                part, acknowledge = self._next_slice()
+                await self._take_slice(owned, part, acknowledge)
                 idle = False
                 owned.unfired += 1
             if self._due_by_stream_time(owned) and (not self._queue or owned.unfired >= FIRED_AFTER):
@@ -495,6 +496,33 @@ class PartitionTask:
         """Make what the model has learned from this partition durable, before it is left."""
         if self._shell.learner is not None:
             await self._shell.learner.leave(self.partition, self.epoch)
+
+    def _next_slice(self) -> tuple[Slice, Callable[[], object]]:
+        """Take what waits: small slices that follow each other as one, for one commit."""
+        part, acknowledge = self._queue.popleft()
+        acknowledgements = [acknowledge]
+        records = list(part.records)
+        next_offset = part.next_offset
+        while self._queue:
+            following, acknowledge = self._queue[0]
+            if (
+                following.from_offset != next_offset
+                or len(records) + len(following.records) > SLICE_RECORDS
+                or _size(records) + _size(following.records) > SLICE_BYTES
+            ):
+                break
+            self._queue.popleft()
+            records += following.records
+            next_offset = following.next_offset
+            acknowledgements.append(acknowledge)
+        if len(acknowledgements) == 1:
+            return part, acknowledgements[0]
+
+        def acknowledge_all() -> None:
+            for one in acknowledgements:
+                one()
+
+        return Slice(part.partition, part.from_offset, next_offset, tuple(records)), acknowledge_all
 
     async def _take_slice(self, owned: _Owned, part: Slice, acknowledge: Callable[[], object]) -> None:
         if part.from_offset != owned.watermark:
@@ -915,6 +943,10 @@ class PartitionTask:
         except TimeoutError:
             return False
         return True
+
+
+def _size(records: Iterable[Any]) -> int:
+    return sum([len(record.value or b"") + len(record.key or b"") for record in records])
 
 
 def _split_at(part: Slice, *offsets: int) -> list[Slice]:

@@ -545,17 +545,14 @@ def contestants_picture(found: Report, path: Path, title: str) -> None:
         widths = [figures[part]["median"] for _, figures in rows]
         left.barh(names, widths, left=begin, label=part, color=colour)
         begin = [a + b for a, b in zip(begin, widths, strict=True)]
-    for place, (_, figures) in enumerate(rows):
-        left.annotate(
-            f" {figures['total']['median']:.1f}", (begin[place], place), va="center", annotation_clip=False
-        )
     # One that needs many times as much would leave the others a line: it runs out of the picture.
-    left.set_xlim(0, 1.15 * max(width for width in begin if width <= OUT_OF_PICTURE * median(begin)))
+    widest = 1.2 * max(width for width in begin if width <= OUT_OF_PICTURE * median(begin))
+    left.set_xlim(0, widest)
     for place, width in enumerate(begin):
-        if width > left.get_xlim()[1]:
-            left.annotate(
-                f"{width:.0f} →", (left.get_xlim()[1] * 0.98, place), va="center", ha="right", color="white"
-            )
+        if width > widest:
+            left.text(widest * 0.98, place, f"{width:.0f} →", va="center", ha="right", color="white")
+        else:
+            left.text(width, place, f" {width:.1f}", va="center")
     left.set_xlabel("CPU per event, µs (median)")
     left.legend(loc="lower right")
     speeds = [figures["events_per_s"] for _, figures in rows]

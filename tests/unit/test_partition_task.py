@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,3 +116,36 @@ def test_a_forgotten_profile_expires_at_an_instant_that_redis_can_hold_or_never(
     event = Event("u1", "view", at_ms, "e1", ("tea",))
     result = fold_slice(fold, [Record(0, at_ms, event)], {}, None, "wall", {})
     assert bool(task._step(result.profiles, {}).expires_at_ms) is expires
+
+
+# --- what waits --------------------------------------------------------------------------------------------
+
+
+def waiting(*slices: tuple[int, int, int]) -> list[tuple[int, int, int, int]]:
+    """Queue slices of (from, next, record bytes); return those taken: from, next, records, acknowledged."""
+    task = claimed_task(FailingStore())
+    done: list[int] = []
+    for number, (begin, end, size) in enumerate(slices):
+        records = tuple(SimpleNamespace(offset=n, key=b"", value=b"x" * size) for n in range(begin, end))
+        task.submit(Slice(0, begin, end, records), partial(done.append, number))
+    taken = []
+    while task._queue:
+        part, acknowledge = task._next_slice()
+        acknowledge()
+        assert [record.offset for record in part.records] == list(range(part.from_offset, part.next_offset))
+        taken.append((part.from_offset, part.next_offset, len(part.records), len(done)))
+    assert done == list(range(len(slices)))
+    return taken
+
+
+def test_small_slices_that_follow_each_other_are_taken_as_one() -> None:
+    assert waiting((0, 3, 10), (3, 4, 10), (4, 4, 10), (4, 9, 10)) == [(0, 9, 9, 4)]
+
+
+def test_no_more_are_taken_together_than_one_slice_may_hold() -> None:
+    assert waiting((0, 400, 10), (400, 500, 10), (500, 501, 10)) == [(0, 500, 500, 2), (500, 501, 1, 3)]
+    assert waiting((0, 2, 400_000), (2, 3, 400_000)) == [(0, 2, 2, 1), (2, 3, 1, 2)]
+
+
+def test_slices_with_a_gap_between_them_are_taken_one_by_one() -> None:
+    assert waiting((0, 3, 10), (5, 6, 10), (0, 3, 10)) == [(0, 3, 3, 1), (5, 6, 1, 2), (0, 3, 3, 3)]
