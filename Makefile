@@ -1,5 +1,5 @@
 # Everything here runs from a fresh clone: each target first makes the .venv it needs.
-# No Docker, JVM or running service is wanted, except by `make test-kafka`, which says so.
+# No Docker, JVM or running service is wanted, except by test-kafka, test-faults and bench.
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 BIN := .venv/bin
@@ -48,7 +48,7 @@ test: $(STAMP) ## run all tests; broker and store: named by the environment, els
 test-kafka: $(STAMP) ## run what touches servers on Apache Kafka (needs Java 17 and Maven) and redis-server
 	TEST_BACKEND=apache $(BIN)/python -m pytest tests/contract tests/integration tests/e2e
 
-test-faults: $(STAMP) ## try every fault, embedded and on Apache Kafka; SEED=n; writes tests/faults/README.md
+test-faults: $(STAMP) ## try every fault, embedded and on Apache Kafka (as test-kafka); SEED=n; writes tests/faults/README.md
 	rm -rf .cache/faults
 	failed=0; \
 	FAULT_SEEDS=$(SEEDS) TEST_BACKEND=embedded FAULT_ROWS=.cache/faults/embedded.json FAULT_SEED=$(SEED) \
@@ -57,7 +57,7 @@ test-faults: $(STAMP) ## try every fault, embedded and on Apache Kafka; SEED=n; 
 		$(BIN)/python -m pytest -v $(FAULTS) tests --ignore tests/simulation || failed=1; \
 	$(BIN)/python -m tests.faults.table .cache/faults/embedded.json .cache/faults/apache.json && exit $$failed
 
-bench: $(STAMP) ## race the service against its peers (needs Java, Maven, redis-server); BENCH=--quick; writes .cache/bench
+bench: $(STAMP) ## race the service against its peers (as test-kafka); BENCH=--quick; writes .cache/bench
 	$(BIN)/python -m tests.bench $(BENCH)
 
 check: $(STAMP) ## lint, formatting, types

@@ -44,8 +44,8 @@ PORT_SETTING: Final = "STREAM_APP__WORKER__HTTP_PORT"
     type=click.IntRange(1, MOST_PROCESSES),
     default=1,
     show_default=True,
-    help="Run so many workers, for instance one for each core; when one fails, all end. Each keeps its own "
-    "cache, and the second and later ones listen on the ports after worker.http_port.",
+    help="Run so many workers: at most as many as partitions, and no more than cores. When one fails, all "
+    "end. The second and later ones listen on the ports after worker.http_port.",
 )
 @configured
 def worker(
@@ -59,7 +59,8 @@ def worker(
     """Fold events into profiles; publish who enters and leaves.
 
     Runs until SIGTERM or Ctrl-C: then it finishes what it has begun, within worker.drain_deadline_s. Start as
-    many as the events topic has partitions; they share the work, and one that dies is replaced by the others.
+    many as the events topic has partitions; they share the work, and one that dies is replaced by the others
+    (with --processes all end together, to be started again).
     Nothing is lost either way: a new worker goes on where Redis says that the last one stood.
 
     What was in the topic before this service's first worker is history: with the wall clock the transitions

@@ -174,7 +174,7 @@ def main(
     """Run this service and its peers on the same events; print a table, write a report.
 
     Everything is started here, on free ports of the loopback address, and ended: brokers, stores,
-    contestants. The table goes to stdout, what runs now to stderr. The default takes about 25 minutes on two
+    contestants. The table goes to stdout, what runs now to stderr. The default takes about 45 minutes on two
     cores.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):

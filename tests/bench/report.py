@@ -556,9 +556,11 @@ def contestants_picture(found: Report, path: Path, title: str) -> None:
     left.set_xlabel("CPU per event, µs (median)")
     left.legend(loc="lower right")
     speeds = [figures["events_per_s"] for _, figures in rows]
-    right.barh(
-        names,
+    # Points, since on a logarithmic axis the length of a bar says nothing.
+    right.errorbar(
         [speed["median"] for speed in speeds],
+        names,
+        fmt="o",
         xerr=[
             [speed["median"] - speed["min"] for speed in speeds],
             [speed["max"] - speed["median"] for speed in speeds],
@@ -601,11 +603,12 @@ def growth_picture(growth: Report, path: Path) -> None:
             axis.annotate(
                 f"{point['ratio']['median']:.2f}×",
                 (point["size"], height),
-                xytext=(0, 9),
+                xytext=(0, -16),
                 textcoords="offset points",
                 ha="center",
             )
         axis.set_xscale("log")
+        axis.margins(x=0.12)
         axis.set_ylim(0, 1.2 * max(wanted * medians[0], *medians))
         axis.set_xlabel(curve)
         axis.set_ylabel("CPU per event, µs")
