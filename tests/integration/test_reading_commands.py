@@ -108,7 +108,7 @@ def test_doctor_finds_a_healthy_environment_healthy(run: Run) -> None:
     findings = json.loads(run("doctor", "--json"))["findings"]
     assert {finding["state"] for finding in findings} == {"ok"}
     assert {finding["action"] for finding in findings} == {""}
-    assert any("watermark 4, log 0 to 4, lag 0, outbox 0" in finding["got"] for finding in findings)
+    assert any("watermark 4, log 0 to 4, lag 0, outbox entries 0" in finding["got"] for finding in findings)
 
 
 def test_doctor_names_users_that_another_partitioner_has_put_elsewhere(run: Run, own_redis: str) -> None:

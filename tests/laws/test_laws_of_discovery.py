@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from stream_app.core.decay import EventTypeWeight, Weights
 from stream_app.core.discovery import DiscoveryRules, discover
@@ -91,7 +92,7 @@ class Outcome:
     def base_parts(self) -> dict[str, Profile]:
         """Return the profiles without what the model adds."""
         return {
-            user: dataclasses.replace(profile, seen_ms={}, discovery={})
+            user: structs.replace(profile, seen_ms={}, discovery={})
             for user, profile in self.profiles.items()
         }
 
@@ -297,8 +298,7 @@ def test_other_definitions_on_the_way_change_base_segments_in_the_same_way(shape
         for profile in outcome.profiles.values():
             profile.seqs = {s: seq for s, seq in profile.seqs.items() if s not in sometimes}
         outcome.base = [
-            dataclasses.replace(t, seq=t.seq % 2, id="") if t.segment_id in sometimes else t
-            for t in outcome.base
+            structs.replace(t, seq=t.seq % 2, id="") if t.segment_id in sometimes else t for t in outcome.base
         ]
     assert on_.base == off.base, f"{log.name}, seed {SEED}"
     assert on_.base_parts() == off.base_parts(), f"{log.name}, seed {SEED}"
@@ -697,7 +697,7 @@ def test_entered_and_exited_alternate_and_neither_ids_nor_instants_go_back(seed:
         while place >= next_began:
             # A new profile numbers from 1 again, and nobody was left in the old one.
             assert all(before.status == "exited" for before in last.values()), where
-            last = {s: dataclasses.replace(before, seq=0) for s, before in last.items()}
+            last = {s: structs.replace(before, seq=0) for s, before in last.items()}
             next_began = next(began)
         before = last.get(t.segment_id)
         assert t.seq == (1 if before is None else before.seq + 1), where

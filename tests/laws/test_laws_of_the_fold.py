@@ -8,6 +8,7 @@ import math
 import random
 
 import pytest
+from msgspec import structs
 
 from stream_app.core.decay import EventTypeWeight, Weights
 from stream_app.core.event import Event, Record
@@ -160,9 +161,9 @@ def test_the_same_log_again_says_the_same(shape: str) -> None:
 def test_every_record_twice_is_every_record_once(shape: str) -> None:
     log = some_log(shape)
     records = core_records(log.records)
-    twice = [dataclasses.replace(record, offset=2 * record.offset + n) for record in records for n in (0, 1)]
+    twice = [structs.replace(record, offset=2 * record.offset + n) for record in records for n in (0, 1)]
     expected = [
-        dataclasses.replace(t, offset=None if t.offset is None else 2 * t.offset)
+        structs.replace(t, offset=None if t.offset is None else 2 * t.offset)
         for t in as_it_is(shape).transitions
     ]
     assert by_user(run_core(log, twice).transitions) == by_user(expected), log.name
@@ -198,7 +199,7 @@ def test_a_shifted_clock_shifts_every_time_and_nothing_else(shape: str, shift_ms
         Record(
             record.offset,
             record.kafka_time_ms + shift_ms,
-            dataclasses.replace(record.event, event_time_ms=record.event.event_time_ms + shift_ms),
+            structs.replace(record.event, event_time_ms=record.event.event_time_ms + shift_ms),
         )
         for record in records
     ]
@@ -206,7 +207,7 @@ def test_a_shifted_clock_shifts_every_time_and_nothing_else(shape: str, shift_ms
     assert len(got) == len(expected), log.name
     for want, have in zip(expected, got, strict=True):
         time_ms = want.time_ms + shift_ms
-        moved = dataclasses.replace(
+        moved = structs.replace(
             want,
             id=transition_id(want.user_id, want.segment_id, time_ms, want.seq),
             time_ms=time_ms,
