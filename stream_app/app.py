@@ -45,6 +45,7 @@ from stream_app.adapters.until_end import wait_until_end
 from stream_app.core.discovery import DiscoveryRules
 from stream_app.core.fold import Fold
 from stream_app.core.model import NextCategoryModel
+from stream_app.core.patch import COMPILED, Patcher
 from stream_app.errors import ConfigError, StartRefused, StoreUnavailable, StreamAppError
 from stream_app.settings import Settings, faust_environment_problems
 
@@ -135,10 +136,11 @@ def build_app(settings: Settings, facts: KafkaFacts, redis_client: Client, *, ac
             monotonic_s=time.monotonic,
             metrics=metrics,
         )
+    fold = Fold(settings.segment_set, settings.weights.core, keeps_seen=settings.model.enabled)
     shell = Shell(
         topic=kafka.events_topic,
         clock=worker.clock,
-        fold=Fold(settings.segment_set, settings.weights.core, keeps_seen=settings.model.enabled),
+        fold=fold,
         decoder=Decoder(max_future_skew_s=worker.max_future_skew_s),
         store=store,
         publisher=publisher,
@@ -161,6 +163,7 @@ def build_app(settings: Settings, facts: KafkaFacts, redis_client: Client, *, ac
         check_producer_time=wall and worker.trust_create_time,
         accept_gap=accept_gap,
         load_functions=loader(redis_client, settings.weights.core, worker.clock),
+        patcher=Patcher(fold) if COMPILED and learner is None else None,
         learner=learner,
         rescored_per_s=settings.model.rescored_per_s,
         cache_bytes=round(worker.cache_mb * 1e6) // facts.partitions,

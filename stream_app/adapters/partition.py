@@ -17,6 +17,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from stream_app.adapters.codec import (
@@ -38,10 +39,11 @@ from stream_app.adapters.transport import SLICE_BYTES, SLICE_RECORDS, Slice
 from stream_app.core.decay import NEVER_MS
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold
+from stream_app.core.patch import Patcher, Stored
 from stream_app.core.profile import Profile
 from stream_app.core.scores import pack_scores
 from stream_app.core.segment_set import SegmentSet
-from stream_app.core.step import Applied, fold_slice
+from stream_app.core.step import Applied, Packed, fold_slice
 from stream_app.core.transition import Transition
 from stream_app.errors import (
     CommitMismatch,
@@ -109,6 +111,8 @@ class Shell:
     load_functions : callable
         Makes the Redis Functions those of the claimed state; after every claim, since what emptied Redis may
         have taken them along.
+    patcher : Patcher or None
+        Applies common events to packed profiles; ``None``: all are unpacked, as the model needs them.
     learner : Learner or None
         The next-category model; ``None``: off.
     rescored_per_s : int
@@ -135,6 +139,7 @@ class Shell:
     check_producer_time: bool
     accept_gap: bool
     load_functions: Callable[[], Awaitable[None]]
+    patcher: Patcher | None = None
     learner: Learner | None = None
     rescored_per_s: int = 64
     cache_bytes: int = 0
@@ -574,10 +579,23 @@ class PartitionTask:
             else:
                 records.append(Record(raw.offset, raw.timestamp, event))
         users = dict.fromkeys(record.event.user_id for record in records)
-        profiles, before = await shell.store.load(p, users, owned.cache)
+        blobs = await shell.store.read(p, users, owned.cache)
         self.moved_s = shell.monotonic_s()
-        for profile in profiles.values():
+
+        def unpack(user_id: str, blob: bytes) -> Profile:
+            profile = shell.store.unpack(p, user_id, blob)
             self._check_definitions(owned, profile)
+            return profile
+
+        packed = None
+        profiles: dict[str, Profile] = {}
+        before: Mapping[str, Memberships] = {}
+        if shell.patcher is not None:
+            packed = Packed(shell.patcher, blobs, unpack)
+            before = packed.before
+        else:
+            profiles = {user_id: unpack(user_id, blob) for user_id, blob in blobs.items()}
+            before = {user_id: dict(profile.memberships) for user_id, profile in profiles.items()}
         learner = shell.learner
         histories = {} if learner is None else learner.histories(profiles, records)
         result = fold_slice(
@@ -587,6 +605,7 @@ class PartitionTask:
             owned.stream_time_ms,
             shell.clock,
             owned.old,
+            packed,
         )
         replayed = part.from_offset < owned.replayed_below
         transitions = result.transitions
@@ -598,7 +617,7 @@ class PartitionTask:
             scores, found = self._discover(learner, result.profiles, result.stream_time_ms, result.applied)
             transitions = transitions + found
         outgoing += self._messages(transitions, replayed)
-        step = self._step(result.profiles, before)
+        step = self._step(result.profiles, before, {} if packed is None else packed.stored)
         step.watermark, step.stream_time_ms = part.next_offset, result.stream_time_ms
         step.scores, step.scored_ms = scores, result.stream_time_ms or 0
         await self._commit(owned, step, outgoing)
@@ -863,18 +882,31 @@ class PartitionTask:
 
     # Making a step durable and known.
 
-    def _step(self, profiles: Mapping[str, Profile], before: Mapping[str, Memberships]) -> Commit:
+    def _step(
+        self,
+        profiles: Mapping[str, Profile],
+        before: Mapping[str, Memberships],
+        stored: Mapping[str, Stored] = MappingProxyType({}),
+    ) -> Commit:
         shell = self._shell
         expires_at_ms: dict[str, int] = {}
         if shell.clock == "wall" and shell.retention_ms is not None:
             margin_ms = shell.retention_ms + RETENTION_MARGIN_MS
-            expires_at_ms = {
-                user_id: profile.forget_ms + margin_ms
-                for user_id, profile in profiles.items()
-                # Redis breaks a script off, half done, at an instant that is no integer of its own.
-                if not profile.memberships and profile.forget_ms + margin_ms < NEVER_MS
+            forgotten_ms = {
+                user_id: profile.forget_ms for user_id, profile in profiles.items() if not profile.memberships
             }
-        return Commit(profiles=profiles, before=before, expires_at_ms=expires_at_ms)
+            forgotten_ms.update(
+                (user_id, one.forget_ms)
+                for user_id, one in stored.items()
+                if one.is_changed and not one.is_in
+            )
+            expires_at_ms = {
+                user_id: forget_ms + margin_ms
+                for user_id, forget_ms in forgotten_ms.items()
+                # Redis breaks a script off, half done, at an instant that is no integer of its own.
+                if forget_ms + margin_ms < NEVER_MS
+            }
+        return Commit(profiles=profiles, before=before, stored=stored, expires_at_ms=expires_at_ms)
 
     def _messages(self, transitions: Iterable[Transition], replayed: bool) -> list[Outgoing]:
         messages = []

@@ -21,6 +21,7 @@ from stream_app.adapters.profile_cache import ProfileCache
 from stream_app.adapters.redis_client import Client, connect, walk
 from stream_app.adapters.redis_security import not_admitted
 from stream_app.core.decay import NEVER_MS
+from stream_app.core.patch import Stored
 from stream_app.core.profile import Profile, earliest, pack, unpack
 from stream_app.errors import CommitMismatch, Fenced, StartRefused, StateLost, StoreUnavailable
 
@@ -160,6 +161,8 @@ class Commit:
         Changed profiles, whole.
     before : mapping of user_id to Memberships
         What the indexes hold for these users now: as loaded, to write only what changed.
+    stored : mapping of user_id to Stored
+        More profiles, changed as they are packed; those that are not changed are passed over.
     expires_at_ms : mapping of user_id to int
         Instant from which Redis may drop the profile; absent: never.
     outbox : list of bytes
@@ -174,6 +177,7 @@ class Commit:
 
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     before: Mapping[str, Memberships] = field(default_factory=dict)
+    stored: Mapping[str, Stored] = field(default_factory=dict)
     expires_at_ms: Mapping[str, int] = field(default_factory=dict)
     outbox: Sequence[bytes] = ()
     watermark: int | None = None
@@ -266,12 +270,34 @@ class ProfileStore:
             )
         raise _foreign(names.wm, *(item.decode() for item in reply[1:4]))
 
+    async def read(
+        self, partition: int, user_ids: Iterable[str], cache: ProfileCache | None = None
+    ) -> dict[str, bytes]:
+        """Read the packed profiles of some users; users without one are absent.
+
+        Redis is asked, in one round trip, for those who are not in the cache.
+
+        Raises
+        ------
+        StoreUnavailable
+            Redis did not answer as it should.
+        """
+        users = list(user_ids)
+        if not users:
+            return {}
+        names = keys(partition)
+        blobs = dict.fromkeys(users) if cache is None else {user: cache.get(user) for user in users}
+        unknown = [user for user, blob in blobs.items() if blob is None]
+        if unknown:
+            with unavailable("load"):
+                stored = await self._redis.mget([names.profile(user) for user in unknown])
+            blobs.update(zip(unknown, stored, strict=True))
+        return {user: blob for user, blob in blobs.items() if blob is not None}
+
     async def load(
         self, partition: int, user_ids: Iterable[str], cache: ProfileCache | None = None
     ) -> tuple[dict[str, Profile], dict[str, Memberships]]:
         """Read the profiles of some users, and their memberships as they are; users without one are absent.
-
-        Redis is asked, in one round trip, for those who are not in the cache.
 
         Raises
         ------
@@ -280,33 +306,28 @@ class ProfileStore:
         StartRefused
             A stored profile cannot be read.
         """
-        users = list(user_ids)
-        if not users:
-            return {}, {}
-        names = keys(partition)
-        blobs = dict.fromkeys(users) if cache is None else {user: cache.get(user) for user in users}
-        unknown = [user for user, blob in blobs.items() if blob is None]
-        if unknown:
-            with unavailable("load"):
-                stored = await self._redis.mget([names.profile(user) for user in unknown])
-            blobs.update(zip(unknown, stored, strict=True))
-        profiles: dict[str, Profile] = {}
-        before: dict[str, Memberships] = {}
-        for user, blob in blobs.items():
-            if blob is None:
-                continue
-            try:
-                profile = unpack(user, blob)
-            except ValueError as exc:
-                raise StartRefused(
-                    f"a profile of schema {SCHEMA_VERSION}",
-                    f"a value that cannot be read ({exc})",
-                    f"partition {partition}, keys {names.prefix}profile:*",
-                    "Find out what else writes to these keys, then run `stream-app rebuild`.",
-                ) from exc
-            profiles[user] = profile
-            before[user] = dict(profile.memberships)
-        return profiles, before
+        blobs = await self.read(partition, user_ids, cache)
+        profiles = {user: self.unpack(partition, user, blob) for user, blob in blobs.items()}
+        return profiles, {user: dict(profile.memberships) for user, profile in profiles.items()}
+
+    @staticmethod
+    def unpack(partition: int, user_id: str, blob: bytes) -> Profile:
+        """Return the profile that a blob is.
+
+        Raises
+        ------
+        StartRefused
+            It is none.
+        """
+        try:
+            return unpack(user_id, blob)
+        except ValueError as exc:
+            raise StartRefused(
+                f"a profile of schema {SCHEMA_VERSION}",
+                f"a value that cannot be read ({exc})",
+                f"partition {partition}, keys {keys(partition).prefix}profile:*",
+                "Find out what else writes to these keys, then run `stream-app rebuild`.",
+            ) from exc
 
     async def due(self, partition: int, until_ms: int, limit: int) -> list[str]:
         """Return up to `limit` users whose next exit is at or before `until_ms`, earliest first."""
@@ -387,6 +408,27 @@ class ProfileStore:
             for segment_id in held:
                 if segment_id not in memberships:
                     outside.setdefault(segment_id, []).append(user)
+        for user, kept in commit.stored.items():
+            if not kept.is_changed:
+                continue
+            blob = packed[user] = kept.blob
+            expires_at_ms = commit.expires_at_ms.get(user)
+            if expires_at_ms is None:
+                staying.append(prefix + user)
+                blobs.append(blob)
+            else:
+                expiring.append(prefix + user)
+                expiring_blobs += (blob, expires_at_ms)
+            moved = kept.moved
+            if not moved:
+                continue
+            next_exit_ms = kept.next_exit_ms
+            if next_exit_ms >= NEVER_MS:
+                undue.append(user)
+            elif next_exit_ms != kept.first_exit_ms:
+                due += (next_exit_ms, user)
+            for segment_id, exits_at in moved.items():
+                inside.setdefault(segment_id, []).extend(("+inf" if exits_at >= NEVER_MS else exits_at, user))
         indexes = list(dict.fromkeys((*inside, *outside)))
         members: list[str | int] = []
         for segment_id in indexes:

@@ -35,6 +35,7 @@ __all__ = [
     "EventTypeWeight",
     "Weights",
     "crossing_ms",
+    "single_crossing_ms",
     "weight_at",
     "weights_problems",
 ]
@@ -305,8 +306,25 @@ def crossing_ms(landmark_ms: int, sums: Mapping[float, float], log_threshold: fl
         return NO_WEIGHT_MS
     if count > 1:
         latest = _newton(sums, log_threshold, latest)
+    return _instant_ms(landmark_ms, latest)
+
+
+def single_crossing_ms(landmark_ms: int, half_life_ms: float, amount: float, log_threshold: float) -> int:
+    """Return what `crossing_ms` does, for the sum of one half-life.
+
+    Examples
+    --------
+    >>> single_crossing_ms(5_000, 1_000.0, 4.0, log_threshold=0.0)
+    7000
+    """
+    if amount <= 0.0:
+        return NO_WEIGHT_MS
+    return _instant_ms(landmark_ms, half_life_ms * (log2(amount) - log_threshold))
+
+
+def _instant_ms(landmark_ms: int, after_ms: float) -> int:
     # Rounded before the landmark is added, so that a shifted clock shifts the result by exactly as much.
-    return NEVER_MS if latest >= NEVER_MS - landmark_ms else landmark_ms + round(latest)
+    return NEVER_MS if after_ms >= NEVER_MS - landmark_ms else landmark_ms + round(after_ms)
 
 
 def _newton(sums: Mapping[float, float], log_threshold: float, start_ms: float) -> float:

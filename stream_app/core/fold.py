@@ -40,8 +40,10 @@ __all__ = [
     "MAX_ASSETS",
     "MAX_EVENT_TYPES",
     "MAX_LABELS",
+    "PRUNE_EVERY",
     "Fold",
     "event_digest",
+    "transition_of",
 ]
 
 MAX_LABELS = 512
@@ -51,7 +53,7 @@ MAX_EVENT_TYPES = 64
 
 _DIGEST_BYTES = 8
 
-_PRUNE_EVERY = 64
+PRUNE_EVERY = 64
 _FAINT = 1e-3
 """Every 64th event drops the keys that weigh less than this part of the history floor."""
 
@@ -579,7 +581,7 @@ class Fold:
         Called after an event of the given type was applied: forgetting is part of the fold, at instants that
         the log decides, so that it is a function of the log too.
         """
-        if profile.applied % _PRUNE_EVERY == 0:
+        if profile.applied % PRUNE_EVERY == 0:
             self._drop_faint(profile, at_ms)
             _forget_seen(profile)
         label_count = asset_count = 0
@@ -701,9 +703,27 @@ def _transition(
     seq = profile.seqs.get(rule.id, 0) + 1
     profile.seqs[rule.id] = seq
     profile.last_transition_ms = at_ms
+    return transition_of(
+        profile.user_id, rule, status, at_ms, seq, weight, exits_at_ms, cause, event_id, offset
+    )
+
+
+def transition_of(
+    user_id: str,
+    rule: Rule,
+    status: Literal["entered", "exited"],
+    at_ms: int,
+    seq: int,
+    weight: float,
+    exits_at_ms: int | None,
+    cause: Cause,
+    event_id: str | None,
+    offset: int | None,
+) -> Transition:
+    """Return the change of a membership, with what the definition adds to it; see `Transition`."""
     return Transition(
-        id=transition_id(profile.user_id, rule.id, at_ms, seq),
-        user_id=profile.user_id,
+        id=transition_id(user_id, rule.id, at_ms, seq),
+        user_id=user_id,
         segment_id=rule.id,
         segment_type=rule.segment.type,
         segment_version=rule.version,

@@ -8,17 +8,18 @@ Stream time S is the largest instant of the partition's valid records so far, so
 and so are the results: cutting the same log into other slices gives the same transitions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold
+from stream_app.core.patch import LEFT, Patcher, Stored
 from stream_app.core.profile import Profile, TypeSums
 from stream_app.core.segment_set import SegmentSet
 from stream_app.core.transition import Transition
 
-__all__ = ["Applied", "StepResult", "fold_slice"]
+__all__ = ["Applied", "Packed", "StepResult", "fold_slice"]
 
 
 class Applied(NamedTuple):
@@ -64,6 +65,68 @@ class StepResult:
     applied: list[Applied]
 
 
+class Packed:
+    """The stored profiles of a slice's users, unpacked only where an event asks for it.
+
+    Parameters
+    ----------
+    patcher
+        For the definitions and settings of today.
+    blobs
+        Maps user id to the packed profile of every user of the slice who has one.
+    unpack
+        Returns the profile of a user from these bytes, or raises.
+
+    Attributes
+    ----------
+    stored : dict
+        Maps user id to what became of the packed profile, for those who were met and not unpacked.
+    before : dict
+        Maps user id to the memberships of before the slice, for those who were unpacked.
+    """
+
+    __slots__ = ("_blobs", "_patcher", "_unpack", "before", "stored")
+
+    def __init__(
+        self, patcher: Patcher, blobs: Mapping[str, bytes], unpack: Callable[[str, bytes], Profile]
+    ) -> None:
+        self._patcher = patcher
+        self._blobs = blobs
+        self._unpack = unpack
+        self.stored: dict[str, Stored] = {}
+        self.before: dict[str, Mapping[str, int]] = {}
+
+    def apply(
+        self,
+        record: Record,
+        stream_time_ms: int,
+        profiles: dict[str, Profile],
+        changed: dict[str, Profile],
+        transitions: list[Transition],
+    ) -> bool:
+        """Apply a record to a packed profile; `False` leaves it to the fold, with the profile unpacked."""
+        event = record.event
+        user_id = event.user_id
+        if user_id in profiles:
+            return False
+        stored = self.stored.get(user_id)
+        if stored is None:
+            blob = self._blobs.get(user_id)
+            if blob is None:
+                return False
+            stored = self.stored[user_id] = Stored(user_id, blob)
+        if self._patcher.apply(stored, event, stream_time_ms, record.offset, transitions) != LEFT:
+            return True
+        del self.stored[user_id]
+        profile = before = self._unpack(user_id, stored.blob)
+        if stored.is_changed:
+            before = self._unpack(user_id, self._blobs[user_id])
+            changed[user_id] = profile
+        self.before[user_id] = dict(before.memberships)
+        profiles[user_id] = profile
+        return False
+
+
 def fold_slice(
     fold: Fold,
     records: Sequence[Record],
@@ -71,6 +134,7 @@ def fold_slice(
     stream_time_ms: int | None,
     clock: Literal["wall", "event"],
     old: Mapping[str, SegmentSet],
+    packed: Packed | None = None,
 ) -> StepResult:
     """Apply the valid records of a slice in order.
 
@@ -89,6 +153,9 @@ def fold_slice(
         "wall" takes a record's Kafka timestamp for its instant, "event" its event's timestamp.
     old
         Maps fingerprint to the definitions that stored profiles may have been evaluated under, may be empty.
+    packed
+        Stored profiles that are not in `profiles`. Common events are applied to them as they are; others
+        move them to `profiles`. Who is applied to so is neither in the result's `profiles` nor `applied`.
 
     Returns
     -------
@@ -121,6 +188,8 @@ def fold_slice(
         before_ms = stream_time_ms
         if stream_time_ms is None or instant_ms > stream_time_ms:
             stream_time_ms = instant_ms
+        if packed is not None and packed.apply(record, stream_time_ms, profiles, changed, transitions):
+            continue
         profile = profiles.get(event.user_id)
         if profile is not None and profile.definitions != fingerprint:
             if before_ms is None or profile.definitions not in old:

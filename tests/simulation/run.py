@@ -19,6 +19,7 @@ from typing import Any
 
 from stream_app.adapters.codec import rfc_3339
 from stream_app.core.fold import Fold
+from stream_app.core.patch import Patcher
 from stream_app.errors import HoldExpired
 from tests.e2e.proof import Proof
 from tests.oracle import OracleRecord
@@ -124,11 +125,12 @@ class _Run:
         self.redis.unchecked = self.switches.unchecked
         self.witness = Witness(self.kafka, self.redis, self.clock, self.partition_of)
         fold_weights = core_weights(self.weights)
+        fold = Fold(core_segments(self.segments, self.weights), fold_weights)
         self.around = Surroundings(
             self.redis,
             self.kafka,
             self.faults,
-            Fold(core_segments(self.segments, self.weights), fold_weights),
+            fold,
             self.clock,
             self.now_ms,
             set(),
@@ -137,6 +139,8 @@ class _Run:
             self.switches.publishes_outbox,
             # Nobody is kept, some are, all are: every way to a profile is gone.
             cache_bytes=(0, 1_500, 1_000_000)[self.seed % 3],
+            # Both ways of applying an event.
+            patcher=Patcher(fold) if self.seed % 5 else None,
         )
         self.redis.watch = lambda name, keys, args: self.witness.script_ran(
             self.around.committing[-1].name, name, keys, args

@@ -23,6 +23,7 @@ from stream_app.adapters.profile_store import Identity, ProfileStore, unavailabl
 from stream_app.adapters.tasks import end_tasks
 from stream_app.adapters.transport import Slice
 from stream_app.core.fold import Fold
+from stream_app.core.patch import Patcher
 from stream_app.errors import StoreUnavailable
 from tests.simulation.faults import Fate, Faults
 from tests.simulation.memory_kafka import MemoryKafka
@@ -58,6 +59,7 @@ class Surroundings:
     witness: Witness
     publishes_outbox: bool = True
     cache_bytes: int = 0
+    patcher: Patcher | None = None
 
 
 class Worker:
@@ -117,6 +119,7 @@ class Worker:
                 accept_gap=False,
                 load_functions=self._load_functions,
                 cache_bytes=around.cache_bytes,
+                patcher=around.patcher,
             )
         )
         self._background = [
