@@ -7,9 +7,9 @@ import random
 from collections.abc import Mapping, Sequence
 
 from stream_app.adapters import functions
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.profile_store import Commit, Identity, ProfileStore, connect
 from stream_app.core.decay import NEVER_MS, EventTypeWeight, Weights
+from stream_app.core.partitioner import partition_of
 from stream_app.core.profile import REMEMBERED_IDS, Discovery, Profile, TypeSums
 from stream_app.core.scores import Recommendation, Scored, pack_scores
 

@@ -15,7 +15,7 @@ from setuptools.command.sdist import sdist
 
 #: What every event goes through. What is made of msgspec's Structs (event, profile, transition) stays as it
 #: is: mypyc does not keep the annotations that those are made from.
-COMPILED = ("decay", "fold", "patch", "segment_set", "standings", "step")
+COMPILED = ("decay", "fold", "partitioner", "patch", "segment_set", "standings", "step")
 LIBRARY = "stream_app_core"
 #: Commands that only describe the package; compiling takes 12 s.
 DESCRIBING = {"dist_info", "egg_info", "sdist"}

@@ -477,8 +477,22 @@ def rfc_3339(instant_ms: int) -> str:
     >>> rfc_3339(1_767_323_045_678)
     '2026-01-02T03:04:05.678Z'
     """
-    # A date without a zone, and isoformat: 0.7 us, where strftime took 2.1.
-    return (_BEGINNING + timedelta(milliseconds=instant_ms)).isoformat(timespec="milliseconds") + "Z"
+    # Put together from what was written before: 0.3 us, where isoformat took 1.3; there are two in a message.
+    days, rest = divmod(instant_ms, 86_400_000)
+    minutes, rest = divmod(rest, 60_000)
+    seconds, milliseconds = divmod(rest, 1_000)
+    return f"{_day(days)}{_MINUTES[minutes]}{_TWO_DIGITS[seconds]}.{_THREE_DIGITS[milliseconds]}Z"
+
+
+_TWO_DIGITS = tuple(f"{number:02d}" for number in range(60))
+_THREE_DIGITS = tuple(f"{number:03d}" for number in range(1000))
+_MINUTES = tuple(f"{number // 60:02d}:{number % 60:02d}:" for number in range(1440))
+
+
+@lru_cache(maxsize=4096)
+def _day(days: int) -> str:
+    """Return a day's date, and what parts it from the time, from the number of days since the epoch."""
+    return (_BEGINNING + timedelta(days=days)).date().isoformat() + "T"
 
 
 def transition_message(transition: Transition, *, topic: str, partition: int, replayed: bool) -> Outgoing:

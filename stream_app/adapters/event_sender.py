@@ -24,7 +24,7 @@ from aiokafka.errors import KafkaError
 
 from stream_app.adapters.kafka_admin import KafkaUnavailable
 from stream_app.adapters.kafka_security import NOT_ALLOWED, PLAINTEXT, Security, not_allowed
-from stream_app.adapters.partitioner import partition_of
+from stream_app.core.partitioner import partition_of
 from stream_app.errors import StreamAppError
 
 BATCH_BYTES: Final = 256 * 1024

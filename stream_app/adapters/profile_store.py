@@ -161,8 +161,6 @@ class Commit:
         Changed profiles, whole.
     before : mapping of user_id to Memberships
         What the indexes hold for these users now: as loaded, to write only what changed.
-    stored : mapping of user_id to Stored
-        More profiles, changed as they are packed; those that are not changed are passed over.
     expires_at_ms : mapping of user_id to int
         Instant from which Redis may drop the profile; absent: never.
     outbox : list of bytes
@@ -173,11 +171,12 @@ class Commit:
         Next categories and recommendations, packed, of users who were scored; ``None`` forgets them.
     scored_ms : int
         The instant of the scoring.
+    stored : mapping of user_id to Stored
+        More profiles, changed as they are packed; those that are not changed are passed over.
     """
 
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     before: Mapping[str, Memberships] = field(default_factory=dict)
-    stored: Mapping[str, Stored] = field(default_factory=dict)
     expires_at_ms: Mapping[str, int] = field(default_factory=dict)
     outbox: Sequence[bytes] = ()
     watermark: int | None = None
@@ -186,6 +185,7 @@ class Commit:
     replayed_below: int | None = None
     scores: Mapping[str, bytes | None] = field(default_factory=dict)
     scored_ms: int = 0
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
 
 class ProfileStore:

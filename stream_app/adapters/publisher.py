@@ -24,7 +24,7 @@ from aiokafka.errors import (
 
 from stream_app.adapters.codec import Outgoing
 from stream_app.adapters.kafka_security import PLAINTEXT, Security, told
-from stream_app.adapters.partitioner import partition_of
+from stream_app.core.partitioner import partition_of
 from stream_app.errors import StartRefused
 
 __all__ = ["Publisher"]
@@ -229,8 +229,11 @@ def _fail(producer: aiokafka.AIOKafkaProducer) -> None:
 
 def _weight(message: Outgoing) -> int:
     """Return the most that a message takes in a batch; a user's id alone may be 512 bytes, four times."""
-    headers = sum(len(name.encode()) + len(value) + HEADER_FRAME_BYTES for name, value in message.headers)
-    return len(message.value or b"") + len(message.key or b"") + headers + FRAME_BYTES
+    weight = FRAME_BYTES + len(message.value or b"") + len(message.key or b"")
+    for name, value in message.headers:
+        # The names are ours, of one byte a character.
+        weight += HEADER_FRAME_BYTES + len(name) + len(value)
+    return weight
 
 
 def _chunks(messages: Sequence[Outgoing]) -> Iterator[list[Outgoing]]:

@@ -94,8 +94,8 @@ async def _examine_partitions(settings: Settings, client: object, partitions: in
     from stream_app.adapters.checks import Finding
     from stream_app.adapters.kafka_security import security_of
     from stream_app.adapters.log_ends import LogProbe
-    from stream_app.adapters.partitioner import partition_of
     from stream_app.adapters.profile_store import ProfileStore
+    from stream_app.core.partitioner import partition_of
 
     store = ProfileStore(client, "doctor")  # type: ignore[arg-type]
     probe = LogProbe(

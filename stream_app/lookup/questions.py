@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeAlias, TypeVar
 
-from stream_app.adapters.partitioner import partition_of
 from stream_app.core.decay import NEVER_MS, EventTypeWeight, Weights
+from stream_app.core.partitioner import partition_of
 from stream_app.core.profile import Profile, unpack, weights_at
 from stream_app.core.scores import Scored, unpack_scores
 from stream_app.errors import StartRefused, StoreUnavailable

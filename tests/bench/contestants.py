@@ -19,9 +19,9 @@ from typing import Any, Final, Literal
 import msgspec
 import redis
 
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.profile_store import keys
 from stream_app.commands.topics import create_missing_topics
+from stream_app.core.partitioner import partition_of
 from stream_app.settings import KafkaSettings
 from tests.bench.judge import Judge, Judgement
 from tests.bench.limit import Event

@@ -27,7 +27,7 @@ from typing import Any, Final
 import click
 import msgspec
 
-from stream_app.adapters.partitioner import partition_of
+from stream_app.core.partitioner import partition_of
 from tests.backends import Names
 from tests.bench import workload
 from tests.bench.live import (

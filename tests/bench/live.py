@@ -30,10 +30,10 @@ import redis
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from stream_app.adapters.event_sender import EventSender
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.profile_store import keys
 from stream_app.commands.progress import bar, lines
 from stream_app.commands.topics import create_missing_topics
+from stream_app.core.partitioner import partition_of
 from stream_app.embedded import Server, run_server
 from stream_app.settings import KafkaSettings
 from tests.backends import Names, ServiceMissing, apache_kafka, create_topic, local_kafka, local_redis

@@ -33,9 +33,9 @@ import msgspec
 import numpy as np
 import redis
 
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.profile_store import keys
 from stream_app.core.decay import Weights
+from stream_app.core.partitioner import partition_of
 from stream_app.core.profile import pack, unpack, weights_at
 from tests.backends import Names
 from tests.bench import workload

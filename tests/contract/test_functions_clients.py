@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import redis
 
-from stream_app.adapters.partitioner import partition_of
+from stream_app.core.partitioner import partition_of
 from stream_app.lookup import Lookup, UserView
 from tests.backends import ROOT
 from tests.conftest import missing

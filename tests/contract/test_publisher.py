@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 import pytest
 
 from stream_app.adapters.codec import Outgoing, transition_message
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.publisher import CHUNK_BYTES, MAX_BATCH_BYTES, Publisher, _chunks
 from stream_app.commands.topics import create_missing_topics
+from stream_app.core.partitioner import partition_of
 from stream_app.core.transition import Cause, Transition
 from stream_app.settings import KafkaSettings
 from tests.backends import Names, read_to_end

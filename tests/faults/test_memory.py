@@ -22,7 +22,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 
-from stream_app.adapters.partitioner import partition_of
+from stream_app.core.partitioner import partition_of
 from stream_app.embedded import Server
 from tests.backends import Names, read_to_end
 from tests.e2e.proof import Case

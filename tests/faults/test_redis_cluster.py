@@ -26,10 +26,10 @@ from redis.crc import key_slot
 
 from stream_app.adapters.checks import check_redis
 from stream_app.adapters.model_store import ModelStore
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.profile_store import Commit, ProfileStore, keys, script_text
 from stream_app.adapters.redis_client import connect
 from stream_app.core.decay import NEVER_MS
+from stream_app.core.partitioner import partition_of
 from stream_app.embedded import Server
 from stream_app.embedded.servers import HOST, free_port
 from stream_app.errors import Fenced, StartRefused, StateLost, StoreUnavailable

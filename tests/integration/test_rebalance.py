@@ -19,10 +19,10 @@ from aiokafka import AIOKafkaProducer
 
 from stream_app.adapters.checks import check_kafka
 from stream_app.adapters.kafka_admin import KafkaAdmin
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.profile_cache import ProfileCache
 from stream_app.adapters.profile_store import Memberships, ProfileStore, connect
 from stream_app.app import Worker, build_app
+from stream_app.core.partitioner import partition_of
 from stream_app.core.profile import Profile
 from stream_app.settings import load_settings
 from tests.backends import Names

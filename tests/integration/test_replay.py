@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from aiokafka import ConsumerRecord
 
-from stream_app.adapters.partitioner import partition_of
 from stream_app.cli import main
+from stream_app.core.partitioner import partition_of
 from stream_app.embedded import Server
 from tests.backends import ROOT, Names, create_topic, log_ends, read_to_end
 from tests.processes import DYING_WITH_US

@@ -17,8 +17,8 @@ import redis
 from aiokafka import AIOKafkaProducer
 from prometheus_client.parser import text_string_to_metric_families
 
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.profile_store import Identity, ProfileStore, connect
+from stream_app.core.partitioner import partition_of
 from stream_app.embedded import Server
 from stream_app.embedded.servers import free_port
 from tests.backends import Kind, Names, read_to_end, redis_url_of

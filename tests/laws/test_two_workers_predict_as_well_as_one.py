@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from stream_app.adapters.partitioner import partition_of
 from stream_app.adapters.transport import SLICE_RECORDS
 from stream_app.core.decay import Weights
 from stream_app.core.event import Event
 from stream_app.core.model import Delta, NextCategoryModel
+from stream_app.core.partitioner import partition_of
 from stream_app.evaluation.files import EventFile
 from stream_app.evaluation.worker import MemoryWorker
 

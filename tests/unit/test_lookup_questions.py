@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from stream_app.adapters.partitioner import partition_of
 from stream_app.core.decay import Weights
+from stream_app.core.partitioner import partition_of
 from stream_app.core.profile import Profile, TypeSums, pack
 from stream_app.errors import StartRefused, StoreUnavailable
 from stream_app.lookup import questions

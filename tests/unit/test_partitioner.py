@@ -7,7 +7,7 @@ import random
 import pytest
 from aiokafka.partitioner import murmur2
 
-from stream_app.adapters.partitioner import partition_of
+from stream_app.core.partitioner import partition_of
 
 # From Apache Kafka's UtilsTest.testMurmur2.
 KAFKAS_OWN = {

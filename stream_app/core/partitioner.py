@@ -7,20 +7,18 @@ users up import it.
 Source: `org.apache.kafka.clients.producer.internals.BuiltInPartitioner` and `Utils.murmur2` of Apache Kafka.
 """
 
-from __future__ import annotations
+from typing import Final
 
-import struct
-from functools import lru_cache
+from librt.strings import read_i32_le
+from mypy_extensions import i64
 
 __all__ = ["partition_of"]
 
-_MASK = 0xFFFFFFFF
-_M = 0x5BD1E995
-_SEED = 0x9747B28C
+_MASK: Final = 0xFFFFFFFF
+_M: Final = 0x5BD1E995
+_SEED: Final = 0x9747B28C
 
 
-# The hash is plain Python, 1 to 5 µs a key, and the same users come again and again.
-@lru_cache(maxsize=200_000)
 def partition_of(key: bytes, partitions: int) -> int:
     """Return the partition of a key.
 
@@ -41,19 +39,27 @@ def partition_of(key: bytes, partitions: int) -> int:
     >>> partition_of(b"h1228", 4)
     0
     """
-    return (_murmur2(key) & 0x7FFFFFFF) % partitions
+    return int(_murmur2(key) & 0x7FFFFFFF) % partitions
 
 
-def _murmur2(data: bytes) -> int:
-    length = len(data)
-    words = length // 4
-    hashed = _SEED ^ length
-    for word in struct.unpack_from(f"<{words}I", data):
-        word = (word * _M) & _MASK
+def _murmur2(data: bytes) -> i64:
+    size = i64(len(data))
+    hashed: i64 = _SEED ^ size
+    i: i64 = 0
+    while i + 4 <= size:
+        # What overflows 64 bits is lost, which the mask would drop anyway.
+        word = ((i64(read_i32_le(data, i)) & _MASK) * _M) & _MASK
         word ^= word >> 24
         hashed = ((hashed * _M) ^ (word * _M)) & _MASK
-    if rest := data[4 * words :]:
-        hashed = ((hashed ^ int.from_bytes(rest, "little")) * _M) & _MASK
+        i += 4
+    if i < size:
+        rest: i64 = 0
+        shift: i64 = 0
+        while i < size:
+            rest |= i64(data[i]) << shift
+            shift += 8
+            i += 1
+        hashed = ((hashed ^ rest) * _M) & _MASK
     hashed ^= hashed >> 13
     hashed = (hashed * _M) & _MASK
     return hashed ^ (hashed >> 15)
