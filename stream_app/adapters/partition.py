@@ -39,7 +39,7 @@ from stream_app.adapters.transport import SLICE_BYTES, SLICE_RECORDS, Slice
 from stream_app.core.decay import NEVER_MS
 from stream_app.core.event import Record
 from stream_app.core.fold import Fold
-from stream_app.core.patch import Patcher, Stored
+from stream_app.core.patch import CHANGED, LEFT, Patcher, Stored
 from stream_app.core.profile import Profile
 from stream_app.core.scores import pack_scores
 from stream_app.core.segment_set import SegmentSet
@@ -810,10 +810,20 @@ class PartitionTask:
     async def _evaluate(self, owned: _Owned, users: Iterable[str], at_ms: int, *, replayed: bool) -> bool:
         """Commit what the instant `at_ms` changes for some users without an event; tell if it did."""
         shell = self._shell
-        profiles, before = await shell.store.load(self.partition, users, owned.cache)
         changed: dict[str, Profile] = {}
+        before: dict[str, Memberships] = {}
+        stored: dict[str, Stored] = {}
         transitions: list[Transition] = []
-        for user_id, profile in profiles.items():
+        for user_id, blob in (await shell.store.read(self.partition, users, owned.cache)).items():
+            if shell.patcher is not None:
+                one = Stored(user_id, blob)
+                outcome = shell.patcher.expire(one, at_ms, transitions)
+                if outcome == CHANGED:
+                    stored[user_id] = one
+                if outcome != LEFT:
+                    continue
+            profile = shell.store.unpack(self.partition, user_id, blob)
+            memberships = dict(profile.memberships)
             if profile.definitions != shell.fold.segments.fingerprint:
                 self._check_definitions(owned, profile)
                 stream_time_ms = at_ms if owned.stream_time_ms is None else owned.stream_time_ms
@@ -822,11 +832,13 @@ class PartitionTask:
                 continue
             transitions += shell.fold.expire(profile, at_ms)
             changed[user_id] = profile
-        if changed:
-            await self._commit(owned, self._step(changed, before), self._messages(transitions, replayed))
-            self._count(transitions)
-            self._held_since_s = None
-        return bool(changed)
+            before[user_id] = memberships
+        if not changed and not stored:
+            return False
+        await self._commit(owned, self._step(changed, before, stored), self._messages(transitions, replayed))
+        self._count(transitions)
+        self._held_since_s = None
+        return True
 
     def _check_definitions(self, owned: _Owned, profile: Profile) -> None:
         known = profile.definitions == self._shell.fold.segments.fingerprint

@@ -10,6 +10,7 @@ numbers and arrays of the machine, an event takes 3 us here where it takes 25 th
 longer than there, so it is not used (`COMPILED`).
 """
 
+from math import inf
 from typing import Final, final
 
 from librt.strings import BytesWriter, read_f64_be, read_i64_be, write_f64_be, write_i64_be
@@ -47,7 +48,9 @@ CHANGED: Final = 2
 
 _MAX_TYPES: Final = 15
 _MAX_WIRES: Final = 100_000
+_MOST_ITEMS: Final = 16
 _NOT_IN: Final = -1
+_LEAVES: Final = -2
 
 # msgpack, as far as profiles are made of it.
 _NIL: Final = 0xC0
@@ -71,7 +74,7 @@ class Stored:
     blob : bytes
         As it is now.
     is_changed : bool
-        Whether an event was applied.
+        Whether it is another than it was.
     first_exit_ms, next_exit_ms : int
         The earliest instant of leaving, before and now; `NEVER_MS` if none ever comes. Known when changed.
     forget_ms : int
@@ -79,7 +82,8 @@ class Stored:
     is_in : bool
         Whether the user is in any segment now. Known when changed.
     moved : dict
-        Maps segment id to the new instant of leaving, of those who entered or stay longer.
+        Maps the segments that the user has entered, stays in for longer or has left to the new instant of
+        leaving; -1 for the last.
     """
 
     def __init__(self, user_id: str, blob: bytes) -> None:
@@ -92,16 +96,25 @@ class Stored:
         self.is_in = False
         self.moved: dict[str, int] = {}
 
+    def change(self, blob: bytes, first_exit_ms: i64, next_exit_ms: i64, forget_ms: i64, is_in: bool) -> None:
+        """Take over what was made of the profile."""
+        if not self.is_changed:
+            self.is_changed = True
+            self.first_exit_ms = first_exit_ms
+        self.blob = blob
+        self.next_exit_ms = next_exit_ms
+        self.forget_ms = forget_ms
+        self.is_in = is_in
+
 
 @final
 class Patcher:
     """Applies events to packed profiles, under one set of definitions and settings.
 
     It leaves to the fold: a user without a profile or with one of other definitions; what the next-category
-    model keeps; exits that are due, and the beginning of a new profile; event types that weigh nothing or
-    that the user has not had yet; the landmark's moving; every 64th event, which drops what is faint, and
-    caps; segments with two criteria or all of several items, and the entering of segments that exclude or
-    are excluded.
+    model keeps; the beginning of a new profile; event types that weigh nothing or that the user has not had
+    yet; the landmark's moving; every 64th event, which drops what is faint, and caps; who enters and leaves
+    segments that exclude, are excluded or have very many items.
 
     Parameters
     ----------
@@ -111,24 +124,45 @@ class Patcher:
 
     def __init__(self, fold: Fold) -> None:
         self._weights = fold.weights
-        self._segments = fold.segments
         self._any_type = fold.segments.any_type
+        self._by_type = fold.segments.by_type
         self._fingerprint = _wire(fold.segments.fingerprint)
         self._ids = [_wire(rule.id) for rule in fold.segments.rules]
+        self._rules = {_wire(rule.id): rule for rule in fold.segments.rules}
+        self._is_simple = [
+            not rule.exclude
+            and not rule.dependents
+            and all(len(criterion.items) <= _MOST_ITEMS for criterion in rule.criteria)
+            for rule in fold.segments.rules
+        ]
         self._wires: dict[str, bytes] = {}
         self._default_half_life_ms = fold.weights.default_half_life_ms
         self._own_half_lives = [
             (_wire(name), fold.weights.half_life_ms(name)) for name in fold.weights.event_types
         ]
         self._least_rebase_ms = REBASE_EXPONENT * fold.weights.shortest_half_life_ms
-        # Of the profile in hand: of each event type where its name stands, its total, its labels, its assets
+        # Of the profile in hand: what is in it, and where.
+        self._landmark_ms: i64 = 0
+        self._n_types: i64 = 0
+        self._members_at: i64 = 0
+        self._members_end: i64 = 0
+        self._n_members: i64 = 0
+        self._first_exit_ms: i64 = 0
+        self._is_in = False
+        self._ids_at: i64 = 0
+        self._ids_end: i64 = 0
+        self._applied: i64 = 0
+        self._forget_ms: i64 = 0
+        self._last_at: i64 = 0
+        self._last_end: i64 = 0
+        self._last_ms: i64 = 0
+        # Further: of each event type where its name stands, its total, its labels, its assets
         # and their end; of each membership its name, its seq, its instant and what that is and will be.
         self._type_at = vec[i64]([0] * (_MAX_TYPES + 1))
         self._total_at = vec[i64]([0] * _MAX_TYPES)
         self._labels_at = vec[i64]([0] * _MAX_TYPES)
         self._assets_at = vec[i64]([0] * _MAX_TYPES)
         self._half_lives_ms = vec[float]([0.0] * _MAX_TYPES)
-        self._members_end: i64 = 0
         self._member_at = vec[i64]()
         self._seq_at = vec[i64]()
         self._exit_at = vec[i64]()
@@ -151,7 +185,7 @@ class Patcher:
         Parameters
         ----------
         stored
-            The user's profile, changed in place if the record is applied.
+            The user's profile, changed in place.
         event, stream_time_ms, offset
             As for `Fold.apply`.
         transitions
@@ -160,356 +194,122 @@ class Patcher:
         Returns
         -------
         int
-            `CHANGED`, or `UNCHANGED` for an event that was applied before, or `LEFT`: nothing was done, the
-            record is for the fold.
+            `CHANGED`, or `UNCHANGED` for an event that was applied before, or `LEFT`: the record is for the
+            fold. Exits that are due may have happened in each case; the fold's first step then finds none.
         """
         try:
-            return self._apply(stored, event, stream_time_ms, offset, transitions)
+            if not self._read(stored.blob):
+                return LEFT
+            at_ms: i64 = stream_time_ms
+            at_ms = max(at_ms, self._last_ms)
+            if self._first_exit_ms <= at_ms and not (
+                self._expire(stored, at_ms, transitions) and self._read(stored.blob)
+            ):
+                return LEFT
+            return self._apply(stored, event, at_ms, offset, transitions)
         except IndexError:  # bytes that end early; unpacking says what is wrong with them
             return LEFT
 
-    def _apply(
-        self, stored: Stored, event: Event, at_ms: i64, offset: int | None, transitions: list[Transition]
-    ) -> int:
-        b = stored.blob
-        # Head: {"v": 1, "l": landmark, "w": ...
-        if not (b[0] == 0x89 and b[1] == 0xA1 and b[2] == 0x76 and b[3] == 1 and _field(b, 4, 0x6C)):
+    def expire(self, stored: Stored, until_ms: int, transitions: list[Transition]) -> int:
+        """Let a user leave what is due, if that is all that there is to it.
+
+        Parameters
+        ----------
+        stored
+            The user's profile, changed in place if anything was due.
+        until_ms
+            As for `Fold.expire`.
+        transitions
+            Gets those that come of it.
+
+        Returns
+        -------
+        int
+            `CHANGED`, or `UNCHANGED` where nothing is due, or `LEFT`: nothing was done, it is for the fold.
+        """
+        try:
+            if not self._read(stored.blob):
+                return LEFT
+            if self._first_exit_ms > until_ms:
+                return UNCHANGED
+            return CHANGED if self._expire(stored, until_ms, transitions) else LEFT
+        except IndexError:
             return LEFT
-        landmark_ms = _int(b, 6)
+
+    def _read(self, b: bytes) -> bool:
+        """Note what stands where in a profile; `False` if it is not one of these definitions."""
+        # {"v": 1, "l": landmark, "w": ...
+        if not (b[0] == 0x89 and _field(b, 1, 0x76) and b[3] == 1 and _field(b, 4, 0x6C)):
+            return False
+        self._landmark_ms = _int(b, 6)
         i = _after_int(b, 6)
         if not _field(b, i, 0x77):
-            return LEFT
-        types_at = i + 2
-        n_types: i64 = b[types_at] - 0x80
-        if not 0 < n_types <= _MAX_TYPES:
-            return LEFT
-        wire = self._wire(event.event_type)
-        own: i64 = -1
-        n_labels: i64 = 0
-        n_assets: i64 = 0
-        type_at, total_at, labels_at, assets_at = (
-            self._type_at,
-            self._total_at,
-            self._labels_at,
-            self._assets_at,
-        )
-        i = types_at + 1
+            return False
+        n_types: i64 = b[i + 2] - 0x80
+        if not 0 <= n_types <= _MAX_TYPES:
+            return False
+        self._n_types = n_types
+        i += 3
+        type_at, total_at = self._type_at, self._total_at
+        labels_at, assets_at = self._labels_at, self._assets_at
         t: i64 = 0
         while t < n_types:
             type_at[t] = i
-            end = _after_str(b, i)
-            if _same(b, i, end, wire):
-                own = t
-            if b[end] != 0x93 or b[end + 1] != _FLOAT64:
-                return LEFT
-            total_at[t] = end + 2
-            labels_at[t] = i = end + 10
-            n_labels += _map_size(b, i)
+            i = _after_str(b, i)
+            if b[i] != 0x93 or b[i + 1] != _FLOAT64:
+                return False
+            total_at[t] = i + 2
+            labels_at[t] = i = i + 10
             assets_at[t] = i = _after_sums(b, i)
-            n_assets += _map_size(b, i)
             i = _after_sums(b, i)
             t += 1
         type_at[n_types] = i
-        if own < 0 or not _field(b, i, 0x6D):
-            return LEFT
-        members_at = i + 2
-        n_members = self._read_members(b, members_at)
-        i = members_end = self._members_end
-        first_exit_ms: i64 = NEVER_MS
-        is_in = False
-        exit_ms_of, new_exit_ms = self._exit_ms, self._new_exit_ms
-        k: i64 = 0
-        while k < n_members:
-            exit_ms = exit_ms_of[k]
-            if exit_ms != _NOT_IN:
-                is_in = True
-                if exit_ms < first_exit_ms:
-                    first_exit_ms = exit_ms
-            k += 1
-        # Tail: "i": ids, "n": applied, "f": forget, "t": last transition, "d": definitions}
+        # "m": {segment: [seq, instant], ...}
+        if not _field(b, i, 0x6D):
+            return False
+        self._members_at = i + 2
+        i = self._read_members(b, i + 2)
+        self._members_end = i
+        # "i": ids, "n": applied, "f": forget, "t": last transition, "d": definitions}
         if not _field(b, i, 0x69):
-            return LEFT
-        ids_at = i + 2
-        if b[ids_at] == 0xC4:
-            ids_size: i64 = b[ids_at + 1]
-            ids_at += 2
-        elif b[ids_at] == 0xC5:
-            ids_size = b[ids_at + 1] << 8 | b[ids_at + 2]
-            ids_at += 3
+            return False
+        if b[i + 2] == 0xC4:
+            size: i64 = b[i + 3]
+            i += 4
+        elif b[i + 2] == 0xC5:
+            high: i64 = b[i + 3]
+            low: i64 = b[i + 4]
+            size = high << 8 | low
+            i += 5
         else:
-            return LEFT
-        i = ids_at + ids_size
-        if ids_size % 8 or ids_size > 8 * REMEMBERED_IDS or not _field(b, i, 0x6E):
-            return LEFT
-        applied = _int(b, i + 2) + 1
+            return False
+        self._ids_at = i
+        self._ids_end = i = i + size
+        if size % 8 or size > 8 * REMEMBERED_IDS or not _field(b, i, 0x6E):
+            return False
+        self._applied = _int(b, i + 2)
         i = _after_int(b, i + 2)
         if not _field(b, i, 0x66):
-            return LEFT
-        forget_ms = _int(b, i + 2)
+            return False
+        self._forget_ms = _int(b, i + 2)
         i = _after_int(b, i + 2)
         if not _field(b, i, 0x74):
-            return LEFT
-        last_at = i + 2
-        if b[last_at] == _NIL:
-            i = last_at + 1
+            return False
+        self._last_at = i + 2
+        if b[i + 2] == _NIL:
+            self._last_ms = -1
+            i += 3
         else:
-            last_ms = _int(b, last_at)
-            at_ms = max(at_ms, last_ms)
-            i = _after_int(b, last_at)
-        last_end = i
-        if (
-            not _field(b, i, 0x64)
-            or _after_str(b, i + 2) != len(b)
-            or not _same(b, i + 2, len(b), self._fingerprint)
-        ):
-            return LEFT
-
-        # Steps 1 to 3 of the fold.
-        if first_exit_ms <= at_ms or (at_ms > forget_ms and not is_in):
-            return LEFT
-        digest = event_digest(event.event_id)
-        wanted = read_i64_be(digest, 0)
-        i = ids_at
-        while i < ids_at + ids_size:
-            if read_i64_be(b, i) == wanted:
-                return UNCHANGED
-            i += 8
-
-        # Step 4: the weights.
-        weights = self._weights
-        amount = weights.action_weight(event.event_type)
-        event_time_ms: i64 = event.event_time_ms
-        age_ms = float(event_time_ms - landmark_ms)
-        labels = event.labels
-        asset_id = event.asset_id
-        if (
-            amount == 0.0
-            or applied % PRUNE_EVERY == 0
-            or age_ms >= self._least_rebase_ms
-            or n_labels + len(labels) > MAX_LABELS
-            or n_assets + 1 > MAX_ASSETS
-        ):
-            return LEFT
-        half_life_ms = weights.half_life_ms(event.event_type)
-        amount *= 2.0 ** (age_ms / half_life_ms)
-        out = BytesWriter()
-        out.write(b[: total_at[own]])
-        write_f64_be(out, read_f64_be(b, total_at[own]) + amount)
-        _add(out, b, labels_at[own], assets_at[own], [self._wire(label) for label in labels], amount)
-        labels_grown = i64(len(out)) - assets_at[own]
-        _add(
-            out,
-            b,
-            assets_at[own],
-            type_at[own + 1],
-            [] if asset_id is None else [self._wire(asset_id)],
-            amount,
+            self._last_ms = _int(b, i + 2)
+            i = _after_int(b, i + 2)
+        self._last_end = i
+        size = len(b)
+        return (
+            _field(b, i, 0x64) and _after_str(b, i + 2) == size and _same(b, i + 2, size, self._fingerprint)
         )
-        grown = i64(len(out)) - type_at[own + 1]
-        out.write(b[type_at[own + 1] : members_at])
-        w = out.getvalue()
-        assets_at[own] += labels_grown
-        t = own + 1
-        while t < n_types:
-            type_at[t] += grown
-            total_at[t] += grown
-            labels_at[t] += grown
-            assets_at[t] += grown
-            t += 1
-        type_at[n_types] += grown
-        half_lives_ms = self._half_lives_ms
-        t = 0
-        while t < n_types:
-            half_lives_ms[t] = half_life_ms if t == own else self._half_life_ms(w, type_at[t])
-            t += 1
-
-        # The segments that the event names.
-        candidates: list[Rule] = []
-        moved: dict[str, int] = {}
-        counted = self._segments.by_type.get(event.event_type)
-        index = self._any_type
-        while True:
-            for label in labels:
-                label_buckets = index.labels.get(label)
-                if label_buckets is not None and not self._touch(
-                    w,
-                    b,
-                    n_types,
-                    n_members,
-                    landmark_ms,
-                    at_ms,
-                    "label",
-                    label,
-                    label_buckets,
-                    moved,
-                    candidates,
-                ):
-                    return LEFT
-            if asset_id is not None:
-                asset_buckets = index.assets.get(asset_id)
-                if asset_buckets is not None and not self._touch(
-                    w,
-                    b,
-                    n_types,
-                    n_members,
-                    landmark_ms,
-                    at_ms,
-                    "asset",
-                    asset_id,
-                    asset_buckets,
-                    moved,
-                    candidates,
-                ):
-                    return LEFT
-            type_buckets = index.types.get(event.event_type)
-            if type_buckets is not None and not self._touch(
-                w,
-                b,
-                n_types,
-                n_members,
-                landmark_ms,
-                at_ms,
-                "type",
-                event.event_type,
-                type_buckets,
-                moved,
-                candidates,
-            ):
-                return LEFT
-            if counted is None:
-                break
-            index = counted
-            counted = None
-        for rule in candidates:
-            if rule.exclude or rule.dependents:
-                return LEFT
-        candidates.sort(key=_position)
-        appended: list[Rule] = []
-        caused: list[Transition] = []
-        for rule in candidates:
-            weight, exit_ms = self._standing(w, n_types, landmark_ms, at_ms, rule)
-            if weight < rule.enter_least or exit_ms - at_ms < HOLD_MS:
-                continue
-            k = self._member(b, n_members, rule)
-            seq: i64 = 1
-            if k < 0:
-                appended.append(rule)
-            else:
-                seq = _int(b, self._seq_at[k]) + 1
-                new_exit_ms[k] = exit_ms
-            moved[rule.id] = exit_ms
-            caused.append(
-                transition_of(
-                    stored.user_id,
-                    rule,
-                    "entered",
-                    at_ms,
-                    seq,
-                    weight,
-                    exit_ms if exit_ms < NEVER_MS else None,
-                    Cause.EVENT,
-                    event.event_id,
-                    offset,
-                )
-            )
-        if len(caused) > 1:
-            caused.sort(key=exits_first)
-        transitions += caused
-
-        # The new bytes, from the memberships on.
-        out = BytesWriter()
-        out.write(w)
-        seq_at, exit_at = self._seq_at, self._exit_at
-        i = members_at
-        if appended:
-            _write_map_size(out, n_members + len(appended))
-            i = _first_key(b, members_at)
-        next_exit_ms: i64 = NEVER_MS
-        k = 0
-        while k < n_members:
-            exit_ms = exit_ms_of[k]
-            new_ms = new_exit_ms[k]
-            if new_ms != _NOT_IN:
-                if exit_ms == _NOT_IN:
-                    out.write(b[i : seq_at[k]])
-                    _write_int(out, _int(b, seq_at[k]) + 1)
-                    i = exit_at[k] + 1
-                else:
-                    out.write(b[i : exit_at[k]])
-                    i = _after_int(b, exit_at[k])
-                _write_int(out, new_ms)
-                exit_ms = new_ms
-            if exit_ms != _NOT_IN and exit_ms < next_exit_ms:
-                next_exit_ms = exit_ms
-            k += 1
-        out.write(b[i:members_end])
-        for rule in appended:
-            exit_ms = moved[rule.id]
-            out.write(self._ids[rule.position])
-            out.append(0x92)
-            out.append(1)
-            _write_int(out, exit_ms)
-            next_exit_ms = min(next_exit_ms, exit_ms)
-        out.append(0xA1)
-        out.append(0x69)
-        if ids_size == 8 * REMEMBERED_IDS:
-            i = ids_at + 8
-            kept = ids_size - 8
-        else:
-            i = ids_at
-            kept = ids_size
-        if kept + 8 < 256:
-            out.append(0xC4)
-        else:
-            out.append(0xC5)
-            out.append(u8((kept + 8) >> 8))
-        out.append(u8((kept + 8) & 0xFF))
-        out.write(b[i : ids_at + ids_size])
-        out.write(digest)
-        out.append(0xA1)
-        out.append(0x6E)
-        _write_int(out, applied)
-        out.append(0xA1)
-        out.append(0x66)
-        forget_ms = self._forget_ms(w, n_types, landmark_ms, at_ms + round(half_life_ms))
-        _write_int(out, forget_ms)
-        if caused:
-            out.append(0xA1)
-            out.append(0x74)
-            _write_int(out, at_ms)
-            out.write(b[last_end:])
-        else:
-            out.write(b[last_at - 2 :])
-
-        if not stored.is_changed:
-            stored.is_changed = True
-            stored.first_exit_ms = first_exit_ms
-        stored.moved.update(moved)
-        stored.blob = out.getvalue()
-        stored.next_exit_ms = next_exit_ms
-        stored.forget_ms = forget_ms
-        stored.is_in = is_in or len(caused) > 0
-        return CHANGED
-
-    def _wire(self, text: str) -> bytes:
-        """Return a string as it stands in a profile."""
-        found = self._wires.get(text)
-        if found is None:
-            if len(self._wires) >= _MAX_WIRES:
-                self._wires.clear()
-            found = self._wires[text] = _wire(text)
-        return found
-
-    def _half_life_ms(self, b: bytes, type_at: i64) -> float:
-        """Return the half-life of the event type whose name stands there."""
-        end = _after_str(b, type_at)
-        for wire, half_life_ms in self._own_half_lives:
-            if _same(b, type_at, end, wire):
-                return half_life_ms
-        return self._default_half_life_ms
 
     def _read_members(self, b: bytes, at: i64) -> i64:
-        """Note where the memberships stand; return how many."""
+        """Note where the memberships stand, and the first exit; return where they end."""
         n = _map_size(b, at)
         while len(self._member_at) < n:
             self._member_at = append(self._member_at, i64(0))
@@ -518,7 +318,9 @@ class Patcher:
             self._exit_ms = append(self._exit_ms, i64(0))
             self._new_exit_ms = append(self._new_exit_ms, i64(0))
         member_at, seq_at, exit_at = self._member_at, self._seq_at, self._exit_at
-        exit_ms, new_exit_ms = self._exit_ms, self._new_exit_ms
+        exit_ms_of, new_exit_ms = self._exit_ms, self._new_exit_ms
+        first_exit_ms: i64 = NEVER_MS
+        is_in = False
         i = _first_key(b, at)
         k: i64 = 0
         while k < n:
@@ -530,19 +332,325 @@ class Patcher:
             exit_at[k] = i = _after_int(b, i + 1)
             new_exit_ms[k] = _NOT_IN
             if b[i] == _NIL:
-                exit_ms[k] = _NOT_IN
+                exit_ms_of[k] = _NOT_IN
                 i += 1
             else:
-                exit_ms[k] = _int(b, i)
+                exit_ms = _int(b, i)
+                exit_ms_of[k] = exit_ms
+                is_in = True
+                if exit_ms < first_exit_ms:
+                    first_exit_ms = exit_ms
                 i = _after_int(b, i)
             k += 1
-        self._members_end = i
-        return n
+        self._n_members = n
+        self._first_exit_ms = first_exit_ms
+        self._is_in = is_in
+        return i
 
-    def _member(self, b: bytes, n_members: i64, rule: Rule) -> i64:
+    def _expire(self, stored: Stored, until_ms: i64, transitions: list[Transition]) -> bool:
+        """Let the exits happen that are due in the profile that was read; `False` leaves it as it is."""
+        b = stored.blob
+        exit_ms_of, new_exit_ms = self._exit_ms, self._new_exit_ms
+        n_members = self._n_members
+        first_exit_ms = instant_ms = self._first_exit_ms
+        self._read_half_lives(b)
+        caused: list[Transition] = []
+        while instant_ms <= until_ms:
+            said: list[Transition] = []
+            next_ms: i64 = NEVER_MS
+            k: i64 = 0
+            while k < n_members:
+                exit_ms = exit_ms_of[k]
+                # Who has left already is marked as who will.
+                if exit_ms == instant_ms and new_exit_ms[k] == _NOT_IN:
+                    rule = self._rules.get(b[self._member_at[k] : self._seq_at[k] - 1])
+                    if rule is None or not self._is_simple[rule.position]:
+                        return False
+                    weight, _ = self._standing(b, instant_ms, rule)
+                    new_exit_ms[k] = _LEAVES
+                    said.append(
+                        transition_of(
+                            stored.user_id,
+                            rule,
+                            "exited",
+                            instant_ms,
+                            _int(b, self._seq_at[k]) + 1,
+                            weight,
+                            None,
+                            Cause.DECAY,
+                            None,
+                            None,
+                        )
+                    )
+                elif exit_ms > instant_ms and exit_ms < next_ms:
+                    next_ms = exit_ms
+                k += 1
+            if len(said) > 1:
+                said.sort(key=exits_first)
+            caused += said
+            self._last_ms = instant_ms
+            instant_ms = next_ms
+            if next_ms >= NEVER_MS:
+                break
+        out = BytesWriter()
+        is_in = False
+        i: i64 = 0
+        k = 0
+        while k < n_members:
+            if new_exit_ms[k] == _LEAVES:
+                out.write(b[i : self._seq_at[k]])
+                _write_int(out, _int(b, self._seq_at[k]) + 1)
+                out.append(_NIL)
+                i = _after_int(b, self._exit_at[k])
+            elif exit_ms_of[k] != _NOT_IN:
+                is_in = True
+            k += 1
+        out.write(b[i : self._last_at])
+        _write_int(out, self._last_ms)
+        out.write(b[self._last_end :])
+        for transition in caused:
+            stored.moved[transition.segment_id] = _NOT_IN
+        transitions += caused
+        stored.change(out.getvalue(), first_exit_ms, instant_ms, self._forget_ms, is_in)
+        return True
+
+    def _apply(
+        self, stored: Stored, event: Event, at_ms: i64, offset: int | None, transitions: list[Transition]
+    ) -> int:
+        """Apply an event to the profile that was read, in which no exit is due."""
+        b = stored.blob
+        # Steps 2 and 3 of the fold.
+        if at_ms > self._forget_ms and not self._is_in:
+            return LEFT
+        digest = event_digest(event.event_id)
+        wanted = read_i64_be(digest, 0)
+        i = self._ids_at
+        while i < self._ids_end:
+            if read_i64_be(b, i) == wanted:
+                return UNCHANGED
+            i += 8
+
+        # Step 4: the weights.
+        event_type = event.event_type
+        labels = event.labels
+        asset_id = event.asset_id
+        weights = self._weights
+        amount = weights.action_weight(event_type)
+        landmark_ms = self._landmark_ms
+        event_time_ms: i64 = event.event_time_ms
+        age_ms = float(event_time_ms - landmark_ms)
+        n_types = self._n_types
+        type_at, total_at = self._type_at, self._total_at
+        labels_at, assets_at = self._labels_at, self._assets_at
+        wire = self._wire(event_type)
+        own: i64 = -1
+        n_labels: i64 = 0
+        n_assets: i64 = 0
+        t: i64 = 0
+        while t < n_types:
+            if _same(b, type_at[t], total_at[t] - 2, wire):
+                own = t
+            n_labels += _map_size(b, labels_at[t])
+            n_assets += _map_size(b, assets_at[t])
+            t += 1
+        if (
+            own < 0
+            or amount == 0.0
+            or (self._applied + 1) % PRUNE_EVERY == 0
+            or age_ms >= self._least_rebase_ms
+            or n_labels + len(labels) > MAX_LABELS
+            or n_assets + 1 > MAX_ASSETS
+        ):
+            return LEFT
+        half_life_ms = weights.half_life_ms(event_type)
+        amount *= 2.0 ** (age_ms / half_life_ms)
+        after_own = type_at[own + 1]
+        out = BytesWriter()
+        out.write(b[: total_at[own]])
+        write_f64_be(out, read_f64_be(b, total_at[own]) + amount)
+        wires = [self._wire(label) for label in labels]
+        _add(out, b, labels_at[own], assets_at[own], wires, amount)
+        labels_grown = i64(len(out)) - assets_at[own]
+        wires = [] if asset_id is None else [self._wire(asset_id)]
+        _add(out, b, assets_at[own], after_own, wires, amount)
+        grown = i64(len(out)) - after_own
+        out.write(b[after_own : self._members_at])
+        w = out.getvalue()
+        assets_at[own] += labels_grown
+        t = own + 1
+        while t < n_types:
+            type_at[t] += grown
+            total_at[t] += grown
+            labels_at[t] += grown
+            assets_at[t] += grown
+            t += 1
+        self._read_half_lives(w)
+
+        # The segments that the event names.
+        candidates: list[Rule] = []
+        counted = self._by_type.get(event_type)
+        index = self._any_type
+        while True:
+            for label in labels:
+                buckets = index.labels.get(label)
+                if buckets is not None and not self._touch(w, b, at_ms, "label", label, buckets, candidates):
+                    return LEFT
+            if asset_id is not None:
+                buckets = index.assets.get(asset_id)
+                if buckets is not None and not self._touch(
+                    w, b, at_ms, "asset", asset_id, buckets, candidates
+                ):
+                    return LEFT
+            buckets = index.types.get(event_type)
+            if buckets is not None and not self._touch(w, b, at_ms, "type", event_type, buckets, candidates):
+                return LEFT
+            if counted is None:
+                break
+            index = counted
+            counted = None
+        n_members = self._n_members
+        exit_ms_of, new_exit_ms = self._exit_ms, self._new_exit_ms
+        appended: list[Rule] = []
+        appended_ms: list[int] = []
+        caused: list[Transition] = []
+        if candidates:
+            for rule in candidates:
+                if not self._is_simple[rule.position]:
+                    return LEFT
+            candidates.sort(key=_position)
+            for rule in candidates:
+                weight, exit_ms = self._standing(w, at_ms, rule)
+                if weight < rule.enter_least or exit_ms - at_ms < HOLD_MS:
+                    continue
+                k = self._member(b, rule)
+                seq: i64 = 1
+                if k < 0:
+                    appended.append(rule)
+                    appended_ms.append(exit_ms)
+                    stored.moved[rule.id] = exit_ms
+                else:
+                    seq = _int(b, self._seq_at[k]) + 1
+                    new_exit_ms[k] = exit_ms
+                caused.append(
+                    transition_of(
+                        stored.user_id,
+                        rule,
+                        "entered",
+                        at_ms,
+                        seq,
+                        weight,
+                        exit_ms if exit_ms < NEVER_MS else None,
+                        Cause.EVENT,
+                        event.event_id,
+                        offset,
+                    )
+                )
+            if len(caused) > 1:
+                caused.sort(key=exits_first)
+            transitions += caused
+
+        # The new bytes, from the memberships on.
+        out = BytesWriter()
+        out.write(w)
+        members_at = self._members_at
+        i = members_at
+        if appended:
+            _write_map_size(out, n_members + len(appended))
+            i = _first_key(b, members_at)
+        next_exit_ms: i64 = NEVER_MS
+        k = 0
+        while k < n_members:
+            exit_ms = exit_ms_of[k]
+            new_ms = new_exit_ms[k]
+            if new_ms != _NOT_IN:
+                seq_at = self._seq_at[k]
+                exit_at = self._exit_at[k]
+                if exit_ms == _NOT_IN:
+                    out.write(b[i:seq_at])
+                    _write_int(out, _int(b, seq_at) + 1)
+                    i = exit_at + 1
+                else:
+                    out.write(b[i:exit_at])
+                    i = _after_int(b, exit_at)
+                _write_int(out, new_ms)
+                exit_ms = new_ms
+                moved = self._rules[b[self._member_at[k] : seq_at - 1]]
+                stored.moved[moved.id] = new_ms
+            if exit_ms != _NOT_IN and exit_ms < next_exit_ms:
+                next_exit_ms = exit_ms
+            k += 1
+        if appended:
+            out.write(b[i : self._members_end])
+            i = self._members_end
+            for rule, new_ms in zip(appended, appended_ms, strict=True):
+                out.write(self._ids[rule.position])
+                out.append(0x92)
+                out.append(1)
+                _write_int(out, new_ms)
+                next_exit_ms = min(next_exit_ms, new_ms)
+        ids_at, ids_end = self._ids_at, self._ids_end
+        if ids_end - ids_at == 8 * REMEMBERED_IDS:
+            # As many as before: the head of the field stays as it is, and the oldest makes room.
+            out.write(b[i:ids_at])
+            ids_at += 8
+        else:
+            out.write(b[i : self._members_end])
+            out.append(0xA1)
+            out.append(0x69)
+            size = ids_end - ids_at + 8
+            if size < 256:
+                out.append(0xC4)
+            else:
+                out.append(0xC5)
+                out.append(u8(size >> 8))
+            out.append(u8(size & 0xFF))
+        out.write(b[ids_at:ids_end])
+        out.write(digest)
+        out.append(0xA1)
+        out.append(0x6E)
+        _write_int(out, self._applied + 1)
+        out.append(0xA1)
+        out.append(0x66)
+        forget_ms = self._faint_ms(w, at_ms + round(half_life_ms))
+        _write_int(out, forget_ms)
+        if caused:
+            out.append(0xA1)
+            out.append(0x74)
+            _write_int(out, at_ms)
+            out.write(b[self._last_end :])
+        else:
+            out.write(b[self._last_at - 2 :])
+        stored.change(
+            out.getvalue(), self._first_exit_ms, next_exit_ms, forget_ms, self._is_in or len(caused) > 0
+        )
+        return CHANGED
+
+    def _wire(self, text: str) -> bytes:
+        """Return a string as it stands in a profile."""
+        found = self._wires.get(text)
+        if found is None:
+            if len(self._wires) >= _MAX_WIRES:
+                self._wires.clear()
+            found = self._wires[text] = _wire(text)
+        return found
+
+    def _read_half_lives(self, b: bytes) -> None:
+        """Note the half-lives of the event types of the profile in hand."""
+        half_lives_ms = self._half_lives_ms
+        t: i64 = 0
+        while t < self._n_types:
+            half_life_ms = self._default_half_life_ms
+            for wire, own_ms in self._own_half_lives:
+                if _same(b, self._type_at[t], self._total_at[t] - 2, wire):
+                    half_life_ms = own_ms
+            half_lives_ms[t] = half_life_ms
+            t += 1
+
+    def _member(self, b: bytes, rule: Rule) -> i64:
         """Return which membership is a segment's, -1 if the user was never in it."""
         wire = self._ids[rule.position]
         member_at, seq_at = self._member_at, self._seq_at
+        n_members = self._n_members
         k: i64 = 0
         while k < n_members:
             # One byte, that of the pair, stands between name and seq.
@@ -555,55 +663,70 @@ class Patcher:
         self,
         w: bytes,
         b: bytes,
-        n_types: i64,
-        n_members: i64,
-        landmark_ms: i64,
         at_ms: i64,
         kind: Kind,
         item: str,
         buckets: tuple[Bucket, ...],
-        moved: dict[str, int],
         candidates: list[Rule],
     ) -> bool:
-        """Do what `Fold._touch` does for one item; `False` where more than it decides."""
+        """Do what `Fold._touch` does for one item; `False` where that is more than is done here."""
         wire = self._wire(item)
         exit_ms_of, new_exit_ms = self._exit_ms, self._new_exit_ms
         for bucket in buckets:
-            if bucket.by_rule:
-                return False
-            n_sums = self._read_sums(w, n_types, kind, wire, bucket.event_types)
-            weight = self._weight(n_sums, landmark_ms, at_ms)
-            for rule in bucket.by_item:
-                k = self._member(b, n_members, rule)
+            if bucket.by_item:
+                n_sums = self._read_sums(w, kind, wire, bucket.event_types)
+                weight = self._weight(n_sums, at_ms)
+                for rule in bucket.by_item:
+                    k = self._member(b, rule)
+                    if k >= 0 and exit_ms_of[k] != _NOT_IN:
+                        later_ms = self._crossing_ms(n_sums, rule.log_exit_weight)
+                        if later_ms > max(exit_ms_of[k], new_exit_ms[k]):
+                            new_exit_ms[k] = later_ms
+                    elif weight >= min(rule.enter_least, rule.exit_weight) and rule not in candidates:
+                        candidates.append(rule)
+            for rule in bucket.by_rule:
+                if not self._is_simple[rule.position]:
+                    return False
+                weight, later_ms = self._standing(w, at_ms, rule)
+                k = self._member(b, rule)
                 if k >= 0 and exit_ms_of[k] != _NOT_IN:
-                    exit_ms = max(exit_ms_of[k], new_exit_ms[k])
-                    later_ms = self._crossing_ms(n_sums, landmark_ms, rule.log_exit_weight)
-                    if later_ms > exit_ms:
+                    if later_ms > max(exit_ms_of[k], new_exit_ms[k]):
                         new_exit_ms[k] = later_ms
-                        moved[rule.id] = later_ms
-                elif weight >= min(rule.enter_least, rule.exit_weight) and rule not in candidates:
+                elif weight >= rule.enter_least and rule not in candidates:
                     candidates.append(rule)
         return True
 
-    def _standing(
-        self, w: bytes, n_types: i64, landmark_ms: i64, at_ms: i64, rule: Rule
-    ) -> tuple[float, int]:
-        """Do what `Fold._standing` does, for a rule of which one item decides."""
-        weight = 0.0
-        exit_ms: i64 = NO_WEIGHT_MS
-        criterion = rule.criteria[0]
-        for item in criterion.items:
-            n_sums = self._read_sums(w, n_types, criterion.kind, self._wire(item), criterion.event_types)
-            if n_sums:
-                weight = max(weight, self._weight(n_sums, landmark_ms, at_ms))
-                exit_ms = max(exit_ms, self._crossing_ms(n_sums, landmark_ms, rule.log_exit_weight))
+    def _standing(self, w: bytes, at_ms: i64, rule: Rule) -> tuple[float, i64]:
+        """Return what `Fold._standing` does."""
+        weight = inf
+        exit_ms: i64 = NEVER_MS
+        for criterion in rule.criteria:
+            is_first = True
+            criterion_weight = 0.0
+            criterion_ms: i64 = NO_WEIGHT_MS
+            for item in criterion.items:
+                n_sums = self._read_sums(w, criterion.kind, self._wire(item), criterion.event_types)
+                if n_sums == 0 and not criterion.match_all:
+                    continue
+                item_weight = self._weight(n_sums, at_ms)
+                item_ms = self._crossing_ms(n_sums, rule.log_exit_weight)
+                if is_first:
+                    criterion_weight, criterion_ms = item_weight, item_ms
+                    is_first = False
+                elif criterion.match_all:
+                    criterion_weight = min(criterion_weight, item_weight)
+                    criterion_ms = min(criterion_ms, item_ms)
+                else:
+                    criterion_weight = max(criterion_weight, item_weight)
+                    criterion_ms = max(criterion_ms, item_ms)
+            weight = min(weight, criterion_weight)
+            exit_ms = min(exit_ms, criterion_ms)
         return weight, exit_ms
 
-    def _read_sums(
-        self, w: bytes, n_types: i64, kind: Kind, wire: bytes, event_types: tuple[str, ...] | None
-    ) -> i64:
+    def _read_sums(self, w: bytes, kind: Kind, wire: bytes, event_types: tuple[str, ...] | None) -> i64:
         """Note an item's sums by half-life, over some event types or all; return how many there are."""
         n: i64 = 0
+        n_types = self._n_types
         type_at = self._type_at
         if event_types is None:
             t: i64 = 0
@@ -643,9 +766,9 @@ class Patcher:
         sums[n] = amount
         return n + 1
 
-    def _weight(self, n_sums: i64, landmark_ms: i64, at_ms: i64) -> float:
+    def _weight(self, n_sums: i64, at_ms: i64) -> float:
         """Return what `decay.weight_at` does of the sums that were noted."""
-        elapsed_ms = float(at_ms - landmark_ms)
+        elapsed_ms = float(at_ms - self._landmark_ms)
         total = 0.0
         u: i64 = 0
         while u < n_sums:
@@ -653,20 +776,23 @@ class Patcher:
             u += 1
         return total
 
-    def _crossing_ms(self, n_sums: i64, landmark_ms: i64, log_threshold: float) -> i64:
+    def _crossing_ms(self, n_sums: i64, log_threshold: float) -> i64:
         """Return what `decay.crossing_ms` does of the sums that were noted."""
         if n_sums == 1:
-            return single_crossing_ms(landmark_ms, self._sum_half_lives_ms[0], self._sums[0], log_threshold)
+            return single_crossing_ms(
+                self._landmark_ms, self._sum_half_lives_ms[0], self._sums[0], log_threshold
+            )
         sums = {}
         u: i64 = 0
         while u < n_sums:
             sums[self._sum_half_lives_ms[u]] = self._sums[u]
             u += 1
-        return crossing_ms(landmark_ms, sums, log_threshold)
+        return crossing_ms(self._landmark_ms, sums, log_threshold)
 
-    def _forget_ms(self, w: bytes, n_types: i64, landmark_ms: i64, least_ms: i64) -> i64:
+    def _faint_ms(self, w: bytes, least_ms: i64) -> i64:
         """Return what `Fold._forget` does for the forget instant."""
         half_lives_ms, total_at = self._half_lives_ms, self._total_at
+        n_types = self._n_types
         forget_ms = least_ms
         t: i64 = 0
         while t < n_types:
@@ -679,7 +805,7 @@ class Patcher:
                 u += 1
             if u == n_types and total > 0.0:
                 faint_ms = single_crossing_ms(
-                    landmark_ms, half_lives_ms[t], total, self._weights.log_history_floor
+                    self._landmark_ms, half_lives_ms[t], total, self._weights.log_history_floor
                 )
                 forget_ms = max(forget_ms, faint_ms)
             t += 1
