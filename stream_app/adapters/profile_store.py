@@ -428,7 +428,12 @@ class ProfileStore:
             elif next_exit_ms != kept.first_exit_ms:
                 due += (next_exit_ms, user)
             for segment_id, exits_at in moved.items():
-                inside.setdefault(segment_id, []).extend(("+inf" if exits_at >= NEVER_MS else exits_at, user))
+                if exits_at < 0:
+                    outside.setdefault(segment_id, []).append(user)
+                else:
+                    inside.setdefault(segment_id, []).extend(
+                        ("+inf" if exits_at >= NEVER_MS else exits_at, user)
+                    )
         indexes = list(dict.fromkeys((*inside, *outside)))
         members: list[str | int] = []
         for segment_id in indexes:

@@ -165,7 +165,7 @@ def _signal_at(said: str, number: signal.Signals, after: _Signal | None) -> _Sig
 
 def _call_at(point: str, pass_by: Callable[[], None]) -> None:
     if point == "after load":
-        _after(ProfileStore, "load", pass_by)
+        _after(ProfileStore, "read", pass_by)
     elif point == "after fold":
         fold_slice = step.fold_slice
 

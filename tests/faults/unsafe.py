@@ -38,7 +38,7 @@ def _take_lightly(problem: Exception) -> None:
 def _without_errors() -> None:
     _wrap(ProfileStore, "commit", _answering(None))
     _wrap(ProfileStore, "trim", _answering(None))
-    _wrap(ProfileStore, "load", _answering(({}, {})))
+    _wrap(ProfileStore, "read", _answering({}))
 
 
 def _without_claim() -> None:

@@ -20,10 +20,9 @@ from aiokafka import AIOKafkaProducer
 from stream_app.adapters.checks import check_kafka
 from stream_app.adapters.kafka_admin import KafkaAdmin
 from stream_app.adapters.profile_cache import ProfileCache
-from stream_app.adapters.profile_store import Memberships, ProfileStore, connect
+from stream_app.adapters.profile_store import ProfileStore, connect
 from stream_app.app import Worker, build_app
 from stream_app.core.partitioner import partition_of
-from stream_app.core.profile import Profile
 from stream_app.settings import load_settings
 from tests.backends import Names
 from tests.integration.stage import Stage, event_clock_case, synthetic_events, wait_until
@@ -187,13 +186,13 @@ class WaitingStore(ProfileStore):
         self.asked = asyncio.Event()
         self.may_answer = asyncio.Event()
 
-    async def load(
+    async def read(
         self, partition: int, user_ids: Iterable[str], cache: ProfileCache | None = None
-    ) -> tuple[dict[str, Profile], dict[str, Memberships]]:
+    ) -> dict[str, bytes]:
         if partition == self.slow:
             self.asked.set()
             await self.may_answer.wait()
-        return await super().load(partition, user_ids, cache)
+        return await super().read(partition, user_ids, cache)
 
 
 @asynccontextmanager

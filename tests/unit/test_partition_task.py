@@ -32,7 +32,7 @@ class FailingStore:
     async def scored_before(self, partition: int, until_ms: int, limit: int) -> list[str]:
         return []
 
-    async def load(self, partition: int, users: object, cache: object) -> object:
+    async def read(self, partition: int, users: object, cache: object) -> object:
         self.asked.set()
         await self.answer.wait()
         raise StoreUnavailable("Redis, load", "ConnectionError")
@@ -49,6 +49,7 @@ def claimed_task(store: FailingStore) -> PartitionTask:
         monotonic_s=lambda: 0.0,
         hold_deadline_s=60.0,
         max_dead_letter_share=None,
+        patcher=None,
         learner=None,
     )
     task = PartitionTask(0, shell, PartitionMemory())
