@@ -11,6 +11,7 @@ being spread over more memory than a processor keeps at hand.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 __all__ = ["ProfileCache"]
@@ -33,10 +34,9 @@ class ProfileCache:
     Examples
     --------
     >>> cache = ProfileCache(most_bytes=1_000)
-    >>> for user in ("u1", "u2", "u3", "u4", "u5", "u6"):
-    ...     cache.put(user, b"packed")
-    >>> cache.get("u6"), cache.get("u1"), len(cache)
-    (b'packed', None, 3)
+    >>> cache.put_all(dict.fromkeys(("u1", "u2", "u3", "u4", "u5", "u6"), b"packed"))
+    >>> cache.get_all(["u6", "u1"]), len(cache)
+    ({'u6': b'packed'}, 3)
     """
 
     __slots__ = ("_most_bytes", "_old", "_young", "_young_bytes")
@@ -50,27 +50,37 @@ class ProfileCache:
     def __len__(self) -> int:
         return len(self._young) + sum(user not in self._young for user in self._old)
 
-    def get(self, user_id: str) -> bytes | None:
-        """Return a user's packed profile, ``None`` if it is not kept."""
-        blob = self._young.get(user_id)
-        if blob is None:
-            blob = self._old.get(user_id)
-            if blob is not None:
-                self.put(user_id, blob)
-        return blob
+    def get_all(self, user_ids: Iterable[str]) -> dict[str, bytes]:
+        """Return the packed profiles of those users who are kept."""
+        young, old = self._young, self._old
+        found: dict[str, bytes] = {}
+        again: dict[str, bytes] = {}
+        for user_id in user_ids:
+            blob = young.get(user_id)
+            if blob is None:
+                blob = old.get(user_id)
+                if blob is None:
+                    continue
+                again[user_id] = blob
+            found[user_id] = blob
+        self.put_all(again)
+        return found
 
-    def put(self, user_id: str, blob: bytes) -> None:
-        """Keep what Redis holds of a user."""
-        before = self._young.get(user_id)
-        if before is None:
-            self._young_bytes += OVERHEAD_BYTES + len(user_id) + len(blob)
-        else:
-            self._young_bytes += len(blob) - len(before)
-        self._young[user_id] = blob
-        if 2 * self._young_bytes > self._most_bytes:
-            # In this order, that a bound of 0 keeps nothing.
-            self._old = self._young if self._most_bytes else {}
-            self._young, self._young_bytes = {}, 0
+    def put_all(self, blobs: Mapping[str, bytes]) -> None:
+        """Keep what Redis holds of some users."""
+        young = self._young
+        for user_id, blob in blobs.items():
+            before = young.get(user_id)
+            if before is None:
+                self._young_bytes += OVERHEAD_BYTES + len(user_id) + len(blob)
+            else:
+                self._young_bytes += len(blob) - len(before)
+            young[user_id] = blob
+            if 2 * self._young_bytes > self._most_bytes:
+                # In this order, that a bound of 0 keeps nothing.
+                self._old = young if self._most_bytes else {}
+                young = self._young = {}
+                self._young_bytes = 0
 
     def clear(self) -> None:
         """Forget everybody."""

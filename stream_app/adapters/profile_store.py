@@ -286,13 +286,13 @@ class ProfileStore:
         if not users:
             return {}
         names = keys(partition)
-        blobs = dict.fromkeys(users) if cache is None else {user: cache.get(user) for user in users}
-        unknown = [user for user, blob in blobs.items() if blob is None]
+        blobs = {} if cache is None else cache.get_all(users)
+        unknown = [user for user in users if user not in blobs]
         if unknown:
             with unavailable("load"):
                 stored = await self._redis.mget([names.profile(user) for user in unknown])
-            blobs.update(zip(unknown, stored, strict=True))
-        return {user: blob for user, blob in blobs.items() if blob is not None}
+            blobs.update((user, blob) for user, blob in zip(unknown, stored, strict=True) if blob is not None)
+        return blobs
 
     async def load(
         self, partition: int, user_ids: Iterable[str], cache: ProfileCache | None = None
@@ -476,8 +476,7 @@ class ProfileStore:
                 cache.clear()
             raise
         if cache is not None:
-            for user, blob in packed.items():
-                cache.put(user, blob)
+            cache.put_all(packed)
         return next_due_ms
 
     async def trim(self, partition: int, epoch: int, number: int) -> int | None:
