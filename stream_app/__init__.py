@@ -9,8 +9,9 @@ The path of an event, by the files that it passes:
 4. `adapters/profile_store.py` loads the profiles of the slice's users: those who came last from
    `adapters/profile_cache.py`, the others from Redis, all at once.
 5. `core/step.py` and `core/fold.py` decide: a profile and an event go in, the new profile and the
-   transitions come out. `core/decay.py` is the arithmetic, `core/segment.py` the definitions,
-   `core/segment_set.py` what they are compiled to.
+   transitions come out. `core/patch.py` does the same for common events to profiles as they are packed.
+   `core/decay.py` is the arithmetic, `core/segment.py` the definitions, `core/segment_set.py` what they are
+   compiled to.
 6. With the model on, `core/model.py` scores every event and then learns from it, and scores its user as he is
    now; `core/discovery.py` decides who is in a discovery segment. `adapters/learning.py` says from which
    record on a worker learns, and brings together what several have learned.

@@ -1,7 +1,7 @@
 """Compile the hot part of `stream_app/core` with mypyc, where there is a C compiler; see `backend.py`.
 
 The same files run interpreted: without a compiler, without mypy, or where the environment says
-``STREAM_APP_INTERPRETED=1``, the package is installed as it is, which costs about a fifth of a worker's time.
+``STREAM_APP_INTERPRETED=1``, the package is installed as it is, which doubles a worker's time.
 All of it is compiled or nothing: a part would not find the library that all parts share.
 """
 
@@ -15,7 +15,7 @@ from setuptools.command.sdist import sdist
 
 #: What every event goes through. What is made of msgspec's Structs (event, profile, transition) stays as it
 #: is: mypyc does not keep the annotations that those are made from.
-COMPILED = ("decay", "fold", "partitioner", "patch", "segment_set", "standings", "step")
+COMPILED = ("decay", "fold", "partitioner", "patch", "segment_set", "standings", "step", "wire")
 LIBRARY = "stream_app_core"
 #: Commands that only describe the package; compiling takes 12 s.
 DESCRIBING = {"dist_info", "egg_info", "sdist"}

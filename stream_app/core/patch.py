@@ -2,18 +2,18 @@
 
 Decides nothing of its own: what `Patcher.apply` leaves behind is, to the byte, what `profile.unpack`,
 `Fold.apply` and `profile.pack` would have made. It must know their rules, and leave to them every event that
-asks for more than moving numbers and letting a user in (see `Patcher`).
+asks for more than moving numbers and letting a user in or out (see `Patcher`).
 
 Why there is a second way at all: an event changes a handful of numbers among some forty keys of a profile,
-and making objects of all of them and bytes again took nine tenths of the fold. Compiled by mypyc, with
-numbers and arrays of the machine, an event takes 3 us here where it takes 25 there; interpreted it would take
-longer than there, so it is not used (`COMPILED`).
+and most of its cost was to make objects of all of them, and bytes again. Compiled by mypyc, with numbers and
+arrays of the machine, an event takes 3 to 4 us here, 13 to 15 there, and a worker 24 instead of 40 in all;
+interpreted it would take longer than there, so it is not used (`COMPILED`).
 """
 
 from math import inf
 from typing import Final, final
 
-from librt.strings import BytesWriter, read_f64_be, read_i64_be, write_f64_be, write_i64_be
+from librt.strings import BytesWriter, read_f64_be, read_i64_be, write_f64_be
 from librt.vecs import append, vec
 from mypy_extensions import i64, u8
 
@@ -37,6 +37,23 @@ from stream_app.core.fold import (
 from stream_app.core.profile import REMEMBERED_IDS
 from stream_app.core.segment_set import Bucket, Kind, Rule
 from stream_app.core.transition import Cause, Transition, exits_first
+from stream_app.core.wire import (
+    FLOAT64,
+    NIL,
+    after_int,
+    after_sums,
+    after_text,
+    find_sum,
+    first_key,
+    is_field,
+    is_same,
+    map_size,
+    packed_text,
+    read_int,
+    write_int,
+    write_map_size,
+    write_sums,
+)
 
 __all__ = ["CHANGED", "COMPILED", "LEFT", "UNCHANGED", "Patcher", "Stored"]
 
@@ -51,11 +68,6 @@ _MAX_WIRES: Final = 100_000
 _MOST_ITEMS: Final = 16
 _NOT_IN: Final = -1
 _LEAVES: Final = -2
-
-# msgpack, as far as profiles are made of it.
-_NIL: Final = 0xC0
-_FLOAT64: Final = 0xCB
-_UINT64: Final = 0xCF
 
 
 @final
@@ -120,15 +132,41 @@ class Patcher:
     ----------
     fold
         Whose rules it follows.
+
+    Notes
+    -----
+    It keeps what it has read of the profile in hand: not safe to share between threads. Names in a profile
+    are compared and copied, never read, so one that is no text stays as it is, for who unpacks it.
+
+    Examples
+    --------
+    A user who has one event of weight 1 gets another, a half-life later; both ways come to the same bytes:
+
+    >>> from stream_app.core.decay import Weights
+    >>> from stream_app.core.profile import pack
+    >>> from stream_app.core.segment import Segment
+    >>> from stream_app.core.segment_set import SegmentSet
+    >>> weights = Weights(half_life_s=1_000)
+    >>> segments = SegmentSet([Segment("swim", labels=("swimwear",), min_weight=1.2)], weights)
+    >>> fold = Fold(segments, weights)
+    >>> profile, _ = fold.apply(None, Event("u1", "view", 0, "e-1", ("swimwear",)), 0)
+    >>> stored, second = Stored("u1", pack(profile)), Event("u1", "view", 1_000_000, "e-2", ("swimwear",))
+    >>> entered = []
+    >>> Patcher(fold).apply(stored, second, 1_000_000, 7, entered) == CHANGED
+    True
+    >>> [(one.segment_id, one.status, one.weight) for one in entered], stored.moved
+    ([('swim', 'entered', 1.5)], {'swim': 1321928})
+    >>> fold.apply(profile, second, 1_000_000, 7)[1] == entered, pack(profile) == stored.blob
+    (True, True)
     """
 
     def __init__(self, fold: Fold) -> None:
         self._weights = fold.weights
         self._any_type = fold.segments.any_type
         self._by_type = fold.segments.by_type
-        self._fingerprint = _wire(fold.segments.fingerprint)
-        self._ids = [_wire(rule.id) for rule in fold.segments.rules]
-        self._rules = {_wire(rule.id): rule for rule in fold.segments.rules}
+        self._fingerprint = packed_text(fold.segments.fingerprint)
+        self._ids = [packed_text(rule.id) for rule in fold.segments.rules]
+        self._rules = {packed_text(rule.id): rule for rule in fold.segments.rules}
         self._is_simple = [
             not rule.exclude
             and not rule.dependents
@@ -138,7 +176,7 @@ class Patcher:
         self._wires: dict[str, bytes] = {}
         self._default_half_life_ms = fold.weights.default_half_life_ms
         self._own_half_lives = [
-            (_wire(name), fold.weights.half_life_ms(name)) for name in fold.weights.event_types
+            (packed_text(name), fold.weights.half_life_ms(name)) for name in fold.weights.event_types
         ]
         self._least_rebase_ms = REBASE_EXPONENT * fold.weights.shortest_half_life_ms
         # Of the profile in hand: what is in it, and where.
@@ -156,8 +194,8 @@ class Patcher:
         self._last_at: i64 = 0
         self._last_end: i64 = 0
         self._last_ms: i64 = 0
-        # Further: of each event type where its name stands, its total, its labels, its assets
-        # and their end; of each membership its name, its seq, its instant and what that is and will be.
+        # Further, of each event type where its name stands, its total, its labels, its assets and its end; of
+        # each membership its name, its seq, its instant, and what that is and will be.
         self._type_at = vec[i64]([0] * (_MAX_TYPES + 1))
         self._total_at = vec[i64]([0] * _MAX_TYPES)
         self._labels_at = vec[i64]([0] * _MAX_TYPES)
@@ -239,11 +277,11 @@ class Patcher:
     def _read(self, b: bytes) -> bool:
         """Note what stands where in a profile; `False` if it is not one of these definitions."""
         # {"v": 1, "l": landmark, "w": ...
-        if not (b[0] == 0x89 and _field(b, 1, 0x76) and b[3] == 1 and _field(b, 4, 0x6C)):
+        if not (b[0] == 0x89 and is_field(b, 1, 0x76) and b[3] == 1 and is_field(b, 4, 0x6C)):
             return False
-        self._landmark_ms = _int(b, 6)
-        i = _after_int(b, 6)
-        if not _field(b, i, 0x77):
+        self._landmark_ms = read_int(b, 6)
+        i = after_int(b, 6)
+        if not is_field(b, i, 0x77):
             return False
         n_types: i64 = b[i + 2] - 0x80
         if not 0 <= n_types <= _MAX_TYPES:
@@ -255,23 +293,23 @@ class Patcher:
         t: i64 = 0
         while t < n_types:
             type_at[t] = i
-            i = _after_str(b, i)
-            if b[i] != 0x93 or b[i + 1] != _FLOAT64:
+            i = after_text(b, i)
+            if b[i] != 0x93 or b[i + 1] != FLOAT64:
                 return False
             total_at[t] = i + 2
             labels_at[t] = i = i + 10
-            assets_at[t] = i = _after_sums(b, i)
-            i = _after_sums(b, i)
+            assets_at[t] = i = after_sums(b, i)
+            i = after_sums(b, i)
             t += 1
         type_at[n_types] = i
         # "m": {segment: [seq, instant], ...}
-        if not _field(b, i, 0x6D):
+        if not is_field(b, i, 0x6D):
             return False
         self._members_at = i + 2
         i = self._read_members(b, i + 2)
         self._members_end = i
         # "i": ids, "n": applied, "f": forget, "t": last transition, "d": definitions}
-        if not _field(b, i, 0x69):
+        if not is_field(b, i, 0x69):
             return False
         if b[i + 2] == 0xC4:
             size: i64 = b[i + 3]
@@ -285,32 +323,34 @@ class Patcher:
             return False
         self._ids_at = i
         self._ids_end = i = i + size
-        if size % 8 or size > 8 * REMEMBERED_IDS or not _field(b, i, 0x6E):
+        if size % 8 or size > 8 * REMEMBERED_IDS or not is_field(b, i, 0x6E):
             return False
-        self._applied = _int(b, i + 2)
-        i = _after_int(b, i + 2)
-        if not _field(b, i, 0x66):
+        self._applied = read_int(b, i + 2)
+        i = after_int(b, i + 2)
+        if not is_field(b, i, 0x66):
             return False
-        self._forget_ms = _int(b, i + 2)
-        i = _after_int(b, i + 2)
-        if not _field(b, i, 0x74):
+        self._forget_ms = read_int(b, i + 2)
+        i = after_int(b, i + 2)
+        if not is_field(b, i, 0x74):
             return False
         self._last_at = i + 2
-        if b[i + 2] == _NIL:
+        if b[i + 2] == NIL:
             self._last_ms = -1
             i += 3
         else:
-            self._last_ms = _int(b, i + 2)
-            i = _after_int(b, i + 2)
+            self._last_ms = read_int(b, i + 2)
+            i = after_int(b, i + 2)
         self._last_end = i
         size = len(b)
         return (
-            _field(b, i, 0x64) and _after_str(b, i + 2) == size and _same(b, i + 2, size, self._fingerprint)
+            is_field(b, i, 0x64)
+            and after_text(b, i + 2) == size
+            and is_same(b, i + 2, size, self._fingerprint)
         )
 
     def _read_members(self, b: bytes, at: i64) -> i64:
         """Note where the memberships stand, and the first exit; return where they end."""
-        n = _map_size(b, at)
+        n = map_size(b, at)
         while len(self._member_at) < n:
             self._member_at = append(self._member_at, i64(0))
             self._seq_at = append(self._seq_at, i64(0))
@@ -321,26 +361,26 @@ class Patcher:
         exit_ms_of, new_exit_ms = self._exit_ms, self._new_exit_ms
         first_exit_ms: i64 = NEVER_MS
         is_in = False
-        i = _first_key(b, at)
+        i = first_key(b, at)
         k: i64 = 0
         while k < n:
             member_at[k] = i
-            i = _after_str(b, i)
+            i = after_text(b, i)
             if b[i] != 0x92:
                 raise IndexError
             seq_at[k] = i + 1
-            exit_at[k] = i = _after_int(b, i + 1)
+            exit_at[k] = i = after_int(b, i + 1)
             new_exit_ms[k] = _NOT_IN
-            if b[i] == _NIL:
+            if b[i] == NIL:
                 exit_ms_of[k] = _NOT_IN
                 i += 1
             else:
-                exit_ms = _int(b, i)
+                exit_ms = read_int(b, i)
                 exit_ms_of[k] = exit_ms
                 is_in = True
                 if exit_ms < first_exit_ms:
                     first_exit_ms = exit_ms
-                i = _after_int(b, i)
+                i = after_int(b, i)
             k += 1
         self._n_members = n
         self._first_exit_ms = first_exit_ms
@@ -374,7 +414,7 @@ class Patcher:
                             rule,
                             "exited",
                             instant_ms,
-                            _int(b, self._seq_at[k]) + 1,
+                            read_int(b, self._seq_at[k]) + 1,
                             weight,
                             None,
                             Cause.DECAY,
@@ -399,14 +439,14 @@ class Patcher:
         while k < n_members:
             if new_exit_ms[k] == _LEAVES:
                 out.write(b[i : self._seq_at[k]])
-                _write_int(out, _int(b, self._seq_at[k]) + 1)
-                out.append(_NIL)
-                i = _after_int(b, self._exit_at[k])
+                write_int(out, read_int(b, self._seq_at[k]) + 1)
+                out.append(NIL)
+                i = after_int(b, self._exit_at[k])
             elif exit_ms_of[k] != _NOT_IN:
                 is_in = True
             k += 1
         out.write(b[i : self._last_at])
-        _write_int(out, self._last_ms)
+        write_int(out, self._last_ms)
         out.write(b[self._last_end :])
         for transition in caused:
             stored.moved[transition.segment_id] = _NOT_IN
@@ -448,10 +488,10 @@ class Patcher:
         n_assets: i64 = 0
         t: i64 = 0
         while t < n_types:
-            if _same(b, type_at[t], total_at[t] - 2, wire):
+            if is_same(b, type_at[t], total_at[t] - 2, wire):
                 own = t
-            n_labels += _map_size(b, labels_at[t])
-            n_assets += _map_size(b, assets_at[t])
+            n_labels += map_size(b, labels_at[t])
+            n_assets += map_size(b, assets_at[t])
             t += 1
         if (
             own < 0
@@ -469,10 +509,10 @@ class Patcher:
         out.write(b[: total_at[own]])
         write_f64_be(out, read_f64_be(b, total_at[own]) + amount)
         wires = [self._wire(label) for label in labels]
-        _add(out, b, labels_at[own], assets_at[own], wires, amount)
+        write_sums(out, b, labels_at[own], assets_at[own], wires, amount)
         labels_grown = i64(len(out)) - assets_at[own]
         wires = [] if asset_id is None else [self._wire(asset_id)]
-        _add(out, b, assets_at[own], after_own, wires, amount)
+        write_sums(out, b, assets_at[own], after_own, wires, amount)
         grown = i64(len(out)) - after_own
         out.write(b[after_own : self._members_at])
         w = out.getvalue()
@@ -529,7 +569,7 @@ class Patcher:
                     appended_ms.append(exit_ms)
                     stored.moved[rule.id] = exit_ms
                 else:
-                    seq = _int(b, self._seq_at[k]) + 1
+                    seq = read_int(b, self._seq_at[k]) + 1
                     new_exit_ms[k] = exit_ms
                 caused.append(
                     transition_of(
@@ -555,8 +595,8 @@ class Patcher:
         members_at = self._members_at
         i = members_at
         if appended:
-            _write_map_size(out, n_members + len(appended))
-            i = _first_key(b, members_at)
+            write_map_size(out, n_members + len(appended))
+            i = first_key(b, members_at)
         next_exit_ms: i64 = NEVER_MS
         k = 0
         while k < n_members:
@@ -567,12 +607,12 @@ class Patcher:
                 exit_at = self._exit_at[k]
                 if exit_ms == _NOT_IN:
                     out.write(b[i:seq_at])
-                    _write_int(out, _int(b, seq_at) + 1)
+                    write_int(out, read_int(b, seq_at) + 1)
                     i = exit_at + 1
                 else:
                     out.write(b[i:exit_at])
-                    i = _after_int(b, exit_at)
-                _write_int(out, new_ms)
+                    i = after_int(b, exit_at)
+                write_int(out, new_ms)
                 exit_ms = new_ms
                 moved = self._rules[b[self._member_at[k] : seq_at - 1]]
                 stored.moved[moved.id] = new_ms
@@ -586,7 +626,7 @@ class Patcher:
                 out.write(self._ids[rule.position])
                 out.append(0x92)
                 out.append(1)
-                _write_int(out, new_ms)
+                write_int(out, new_ms)
                 next_exit_ms = min(next_exit_ms, new_ms)
         ids_at, ids_end = self._ids_at, self._ids_end
         if ids_end - ids_at == 8 * REMEMBERED_IDS:
@@ -608,15 +648,15 @@ class Patcher:
         out.write(digest)
         out.append(0xA1)
         out.append(0x6E)
-        _write_int(out, self._applied + 1)
+        write_int(out, self._applied + 1)
         out.append(0xA1)
         out.append(0x66)
         forget_ms = self._faint_ms(w, at_ms + round(half_life_ms))
-        _write_int(out, forget_ms)
+        write_int(out, forget_ms)
         if caused:
             out.append(0xA1)
             out.append(0x74)
-            _write_int(out, at_ms)
+            write_int(out, at_ms)
             out.write(b[self._last_end :])
         else:
             out.write(b[self._last_at - 2 :])
@@ -631,7 +671,7 @@ class Patcher:
         if found is None:
             if len(self._wires) >= _MAX_WIRES:
                 self._wires.clear()
-            found = self._wires[text] = _wire(text)
+            found = self._wires[text] = packed_text(text)
         return found
 
     def _read_half_lives(self, b: bytes) -> None:
@@ -641,7 +681,7 @@ class Patcher:
         while t < self._n_types:
             half_life_ms = self._default_half_life_ms
             for wire, own_ms in self._own_half_lives:
-                if _same(b, self._type_at[t], self._total_at[t] - 2, wire):
+                if is_same(b, self._type_at[t], self._total_at[t] - 2, wire):
                     half_life_ms = own_ms
             half_lives_ms[t] = half_life_ms
             t += 1
@@ -654,7 +694,7 @@ class Patcher:
         k: i64 = 0
         while k < n_members:
             # One byte, that of the pair, stands between name and seq.
-            if _same(b, member_at[k], seq_at[k] - 1, wire):
+            if is_same(b, member_at[k], seq_at[k] - 1, wire):
                 return k
             k += 1
         return -1
@@ -731,7 +771,7 @@ class Patcher:
         if event_types is None:
             t: i64 = 0
             while t < n_types:
-                if kind != "type" or _same(w, type_at[t], self._total_at[t] - 2, wire):
+                if kind != "type" or is_same(w, type_at[t], self._total_at[t] - 2, wire):
                     n = self._add_sum(w, n, t, kind, wire)
                 t += 1
             return n
@@ -739,7 +779,7 @@ class Patcher:
             type_wire = self._wire(event_type)
             t = 0
             while t < n_types:
-                if _same(w, type_at[t], self._total_at[t] - 2, type_wire):
+                if is_same(w, type_at[t], self._total_at[t] - 2, type_wire):
                     n = self._add_sum(w, n, t, kind, wire)
                     break
                 t += 1
@@ -750,7 +790,7 @@ class Patcher:
         if kind == "type":
             at = self._total_at[t]
         else:
-            at = _find(w, self._labels_at[t] if kind == "label" else self._assets_at[t], wire)
+            at = find_sum(w, self._labels_at[t] if kind == "label" else self._assets_at[t], wire)
             if at < 0:
                 return n
         amount = read_f64_be(w, at)
@@ -814,182 +854,3 @@ class Patcher:
 
 def _position(rule: Rule) -> int:
     return rule.position
-
-
-def _wire(text: str) -> bytes:
-    r"""Return a string in msgpack.
-
-    Examples
-    --------
-    >>> _wire("swim"), len(_wire("s" * 40)), len(_wire("s" * 300))
-    (b'\xa4swim', 42, 303)
-    """
-    raw = text.encode()
-    size = len(raw)
-    if size < 32:
-        return bytes([0xA0 | size]) + raw
-    if size < 256:
-        return bytes([0xD9, size]) + raw
-    return bytes([0xDA, size >> 8, size & 0xFF]) + raw
-
-
-def _field(b: bytes, i: i64, name: i64) -> bool:
-    """Tell whether a field of this one letter begins here."""
-    return b[i] == 0xA1 and b[i + 1] == name
-
-
-def _same(b: bytes, at: i64, end: i64, wire: bytes) -> bool:
-    """Tell whether this part of a profile is these bytes; ids differ at their end, if anywhere."""
-    k = i64(len(wire))
-    if end - at != k:
-        return False
-    k -= 1
-    while k >= 0:
-        if b[at + k] != wire[k]:
-            return False
-        k -= 1
-    return True
-
-
-def _after_str(b: bytes, i: i64) -> i64:
-    """Return where a string ends."""
-    first: i64 = b[i]
-    if 0xA0 <= first <= 0xBF:
-        return i + 1 + (first & 31)
-    if first == 0xD9:
-        size: i64 = b[i + 1]
-        return i + 2 + size
-    if first == 0xDA:
-        high: i64 = b[i + 1]
-        low: i64 = b[i + 2]
-        return i + 3 + (high << 8 | low)
-    raise IndexError
-
-
-def _after_int(b: bytes, i: i64) -> i64:
-    """Return where a number that is not negative ends."""
-    first: i64 = b[i]
-    if first < 0x80:
-        return i + 1
-    if 0xCC <= first <= 0xCF:
-        return i + 1 + (1 << (first - 0xCC))
-    raise IndexError
-
-
-def _int(b: bytes, i: i64) -> i64:
-    """Return a number that is not negative."""
-    first: i64 = b[i]
-    if first < 0x80:
-        return first
-    if first == _UINT64:
-        return read_i64_be(b, i + 1)
-    end = _after_int(b, i)
-    found: i64 = 0
-    i += 1
-    while i < end:
-        found = found << 8 | i64(b[i])
-        i += 1
-    return found
-
-
-def _write_int(out: BytesWriter, number: i64) -> None:
-    """Write a number that is not negative, as short as can be."""
-    if number < 0x80:
-        out.append(u8(number))
-    elif number >= 0x1_0000_0000:
-        out.append(_UINT64)
-        write_i64_be(out, number)
-    else:
-        if number < 0x100:
-            out.append(0xCC)
-        elif number < 0x1_0000:
-            out.append(0xCD)
-            out.append(u8(number >> 8))
-        else:
-            out.append(0xCE)
-            out.append(u8(number >> 24))
-            out.append(u8(number >> 16 & 0xFF))
-            out.append(u8(number >> 8 & 0xFF))
-        out.append(u8(number & 0xFF))
-
-
-def _map_size(b: bytes, i: i64) -> i64:
-    """Return how many pairs a map has."""
-    first: i64 = b[i]
-    if 0x80 <= first <= 0x8F:
-        return first & 15
-    if first == 0xDE:
-        high: i64 = b[i + 1]
-        low: i64 = b[i + 2]
-        return high << 8 | low
-    raise IndexError
-
-
-def _first_key(b: bytes, i: i64) -> i64:
-    """Return where the first key of a map stands."""
-    return i + 3 if b[i] == 0xDE else i + 1
-
-
-def _write_map_size(out: BytesWriter, size: i64) -> None:
-    if size < 16:
-        out.append(u8(0x80 | size))
-    else:
-        out.append(0xDE)
-        out.append(u8(size >> 8))
-        out.append(u8(size & 0xFF))
-
-
-def _after_sums(b: bytes, at: i64) -> i64:
-    """Return where a map of name to sum ends."""
-    size = _map_size(b, at)
-    i = _first_key(b, at)
-    while size > 0:
-        i = _after_str(b, i)
-        if b[i] != _FLOAT64:
-            raise IndexError
-        i += 9
-        size -= 1
-    return i
-
-
-def _find(b: bytes, at: i64, wire: bytes) -> i64:
-    """Return where the sum of a name stands in such a map, -1 if it is not there."""
-    size = _map_size(b, at)
-    i = _first_key(b, at)
-    while size > 0:
-        end = _after_str(b, i)
-        if _same(b, i, end, wire):
-            return end + 1
-        i = end + 9
-        size -= 1
-    return -1
-
-
-def _add(out: BytesWriter, b: bytes, at: i64, end: i64, wires: list[bytes], amount: float) -> None:
-    """Write a map of name to sum with an amount added to some, new ones at the end."""
-    if not wires:
-        out.write(b[at:end])
-        return
-    there: list[int] = []
-    missing: list[bytes] = []
-    for wire in wires:
-        found = _find(b, at, wire)
-        if found < 0:
-            missing.append(wire)
-        else:
-            there.append(found)
-    i = at
-    if missing:
-        _write_map_size(out, _map_size(b, at) + len(missing))
-        i = _first_key(b, at)
-    if len(there) > 1:
-        there.sort()
-    for found in there:
-        out.write(b[i:found])
-        write_f64_be(out, read_f64_be(b, found) + amount)
-        i = found + 8
-    out.write(b[i:end])
-    for wire in missing:
-        out.write(wire)
-        out.append(_FLOAT64)
-        write_f64_be(out, amount)
