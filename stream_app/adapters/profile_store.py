@@ -292,6 +292,8 @@ class ProfileStore:
             with unavailable("load"):
                 stored = await self._redis.mget([names.profile(user) for user in unknown])
             blobs.update((user, blob) for user, blob in zip(unknown, stored, strict=True) if blob is not None)
+            # In their order, whoever was kept: that of a commit must not hang on the cache.
+            blobs = {user: blobs[user] for user in users if user in blobs}
         return blobs
 
     async def load(

@@ -47,7 +47,7 @@ def _murmur2(data: bytes) -> i64:
     hashed: i64 = _SEED ^ size
     i: i64 = 0
     while i + 4 <= size:
-        # What overflows 64 bits is lost, which the mask would drop anyway.
+        # Products of two numbers of 32 bits; the second is small enough for the sign.
         word = ((i64(read_i32_le(data, i)) & _MASK) * _M) & _MASK
         word ^= word >> 24
         hashed = ((hashed * _M) ^ (word * _M)) & _MASK

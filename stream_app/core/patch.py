@@ -38,11 +38,11 @@ from stream_app.core.profile import REMEMBERED_IDS
 from stream_app.core.segment_set import Bucket, Kind, Rule
 from stream_app.core.transition import Cause, Transition, exits_first
 from stream_app.core.wire import (
-    FLOAT64,
     NIL,
     after_int,
     after_sums,
     after_text,
+    check_sum,
     find_sum,
     first_key,
     is_field,
@@ -64,8 +64,11 @@ UNCHANGED: Final = 1
 CHANGED: Final = 2
 
 _MAX_TYPES: Final = 15
-_MAX_WIRES: Final = 100_000
+_MOST_WIRES: Final = 10_000
 _MOST_ITEMS: Final = 16
+_MOST_LOOKS: Final = 20_000
+"""Names of memberships that one event may be compared with; with more, dictionaries pay."""
+_MOST_MEMBERS: Final = 0xFFFF
 _NOT_IN: Final = -1
 _LEAVES: Final = -2
 
@@ -123,15 +126,21 @@ class Stored:
 class Patcher:
     """Applies events to packed profiles, under one set of definitions and settings.
 
-    It leaves to the fold: a user without a profile or with one of other definitions; what the next-category
-    model keeps; the beginning of a new profile; event types that weigh nothing or that the user has not had
-    yet; the landmark's moving; every 64th event, which drops what is faint, and caps; who enters and leaves
-    segments that exclude, are excluded or have very many items.
+    It leaves to the fold: a user without a profile or with one of other definitions; profiles with anything
+    that the next-category model keeps, discovery segments included; the beginning of a new profile; event
+    types that weigh nothing or that the user has not had yet; the landmark's moving; every 64th event, which
+    drops what is faint, and all that comes near a cap; who enters and leaves segments that exclude, are
+    excluded or count very many items or types; and very many segments at once.
 
     Parameters
     ----------
     fold
         Whose rules it follows.
+
+    Raises
+    ------
+    ValueError
+        If the fold keeps what the next-category model reads.
 
     Notes
     -----
@@ -161,6 +170,8 @@ class Patcher:
     """
 
     def __init__(self, fold: Fold) -> None:
+        if fold.keeps_seen:
+            raise ValueError("expected a fold that keeps nothing for the model, got one that does")
         self._weights = fold.weights
         self._any_type = fold.segments.any_type
         self._by_type = fold.segments.by_type
@@ -170,14 +181,21 @@ class Patcher:
         self._is_simple = [
             not rule.exclude
             and not rule.dependents
-            and all(len(criterion.items) <= _MOST_ITEMS for criterion in rule.criteria)
+            and all(
+                len(criterion.items) <= _MOST_ITEMS and len(criterion.event_types or ()) <= _MOST_ITEMS
+                for criterion in rule.criteria
+            )
             for rule in fold.segments.rules
         ]
+        named = fold.segments.named_labels | fold.segments.named_assets | fold.segments.named_types
+        self._named = {name: packed_text(name) for name in (*named, *fold.weights.event_types)}
         self._wires: dict[str, bytes] = {}
+        self._looks: i64 = 0
+        self._candidates: list[Rule] = []
         self._default_half_life_ms = fold.weights.default_half_life_ms
-        self._own_half_lives = [
-            (packed_text(name), fold.weights.half_life_ms(name)) for name in fold.weights.event_types
-        ]
+        self._own_half_lives = {
+            packed_text(name): fold.weights.half_life_ms(name) for name in fold.weights.event_types
+        }
         self._least_rebase_ms = REBASE_EXPONENT * fold.weights.shortest_half_life_ms
         # Of the profile in hand: what is in it, and where.
         self._landmark_ms: i64 = 0
@@ -294,8 +312,9 @@ class Patcher:
         while t < n_types:
             type_at[t] = i
             i = after_text(b, i)
-            if b[i] != 0x93 or b[i + 1] != FLOAT64:
+            if b[i] != 0x93:
                 return False
+            check_sum(b, i + 1)
             total_at[t] = i + 2
             labels_at[t] = i = i + 10
             assets_at[t] = i = after_sums(b, i)
@@ -369,7 +388,10 @@ class Patcher:
             if b[i] != 0x92:
                 raise IndexError
             seq_at[k] = i + 1
+            seq = read_int(b, i + 1)
             exit_at[k] = i = after_int(b, i + 1)
+            if seq == 0 or ((seq & 1) == 0) != (b[i] == NIL):
+                raise IndexError
             new_exit_ms[k] = _NOT_IN
             if b[i] == NIL:
                 exit_ms_of[k] = _NOT_IN
@@ -511,7 +533,10 @@ class Patcher:
         wires = [self._wire(label) for label in labels]
         write_sums(out, b, labels_at[own], assets_at[own], wires, amount)
         labels_grown = i64(len(out)) - assets_at[own]
-        wires = [] if asset_id is None else [self._wire(asset_id)]
+        wires = []
+        if asset_id is not None:
+            # Not kept: there may be as many as there are events.
+            wires.append(self._named.get(asset_id) or packed_text(asset_id))
         write_sums(out, b, assets_at[own], after_own, wires, amount)
         grown = i64(len(out)) - after_own
         out.write(b[after_own : self._members_at])
@@ -528,21 +553,22 @@ class Patcher:
 
         # The segments that the event names.
         candidates: list[Rule] = []
+        self._candidates = candidates
+        seen: set[int] = set()
+        self._looks = 0
         counted = self._by_type.get(event_type)
         index = self._any_type
         while True:
             for label in labels:
                 buckets = index.labels.get(label)
-                if buckets is not None and not self._touch(w, b, at_ms, "label", label, buckets, candidates):
+                if buckets is not None and not self._touch(w, b, at_ms, "label", label, buckets, seen):
                     return LEFT
             if asset_id is not None:
                 buckets = index.assets.get(asset_id)
-                if buckets is not None and not self._touch(
-                    w, b, at_ms, "asset", asset_id, buckets, candidates
-                ):
+                if buckets is not None and not self._touch(w, b, at_ms, "asset", asset_id, buckets, seen):
                     return LEFT
             buckets = index.types.get(event_type)
-            if buckets is not None and not self._touch(w, b, at_ms, "type", event_type, buckets, candidates):
+            if buckets is not None and not self._touch(w, b, at_ms, "type", event_type, buckets, seen):
                 return LEFT
             if counted is None:
                 break
@@ -554,6 +580,8 @@ class Patcher:
         appended_ms: list[int] = []
         caused: list[Transition] = []
         if candidates:
+            if n_members + len(candidates) > _MOST_MEMBERS:
+                return LEFT
             for rule in candidates:
                 if not self._is_simple[rule.position]:
                     return LEFT
@@ -567,7 +595,6 @@ class Patcher:
                 if k < 0:
                     appended.append(rule)
                     appended_ms.append(exit_ms)
-                    stored.moved[rule.id] = exit_ms
                 else:
                     seq = read_int(b, self._seq_at[k]) + 1
                     new_exit_ms[k] = exit_ms
@@ -587,7 +614,6 @@ class Patcher:
                 )
             if len(caused) > 1:
                 caused.sort(key=exits_first)
-            transitions += caused
 
         # The new bytes, from the memberships on.
         out = BytesWriter()
@@ -598,6 +624,7 @@ class Patcher:
             write_map_size(out, n_members + len(appended))
             i = first_key(b, members_at)
         next_exit_ms: i64 = NEVER_MS
+        moved: dict[str, int] = {}
         k = 0
         while k < n_members:
             exit_ms = exit_ms_of[k]
@@ -614,8 +641,7 @@ class Patcher:
                     i = after_int(b, exit_at)
                 write_int(out, new_ms)
                 exit_ms = new_ms
-                moved = self._rules[b[self._member_at[k] : seq_at - 1]]
-                stored.moved[moved.id] = new_ms
+                moved[self._rules[b[self._member_at[k] : seq_at - 1]].id] = new_ms
             if exit_ms != _NOT_IN and exit_ms < next_exit_ms:
                 next_exit_ms = exit_ms
             k += 1
@@ -623,6 +649,7 @@ class Patcher:
             out.write(b[i : self._members_end])
             i = self._members_end
             for rule, new_ms in zip(appended, appended_ms, strict=True):
+                moved[rule.id] = new_ms
                 out.write(self._ids[rule.position])
                 out.append(0x92)
                 out.append(1)
@@ -660,6 +687,8 @@ class Patcher:
             out.write(b[self._last_end :])
         else:
             out.write(b[self._last_at - 2 :])
+        transitions += caused
+        stored.moved.update(moved)
         stored.change(
             out.getvalue(), self._first_exit_ms, next_exit_ms, forget_ms, self._is_in or len(caused) > 0
         )
@@ -667,9 +696,9 @@ class Patcher:
 
     def _wire(self, text: str) -> bytes:
         """Return a string as it stands in a profile."""
-        found = self._wires.get(text)
+        found = self._named.get(text) or self._wires.get(text)
         if found is None:
-            if len(self._wires) >= _MAX_WIRES:
+            if len(self._wires) >= _MOST_WIRES:
                 self._wires.clear()
             found = self._wires[text] = packed_text(text)
         return found
@@ -679,11 +708,8 @@ class Patcher:
         half_lives_ms = self._half_lives_ms
         t: i64 = 0
         while t < self._n_types:
-            half_life_ms = self._default_half_life_ms
-            for wire, own_ms in self._own_half_lives:
-                if is_same(b, self._type_at[t], self._total_at[t] - 2, wire):
-                    half_life_ms = own_ms
-            half_lives_ms[t] = half_life_ms
+            name = b[self._type_at[t] : self._total_at[t] - 2]
+            half_lives_ms[t] = self._own_half_lives.get(name, self._default_half_life_ms)
             t += 1
 
     def _member(self, b: bytes, rule: Rule) -> i64:
@@ -707,12 +733,19 @@ class Patcher:
         kind: Kind,
         item: str,
         buckets: tuple[Bucket, ...],
-        candidates: list[Rule],
+        seen: set[int],
     ) -> bool:
-        """Do what `Fold._touch` does for one item; `False` where that is more than is done here."""
+        """Do what `Fold._touch` does for one item; `False` where that is more than is done here.
+
+        `seen` has the positions of candidates, and of rules that were looked at as a whole.
+        """
+        candidates = self._candidates
         wire = self._wire(item)
         exit_ms_of, new_exit_ms = self._exit_ms, self._new_exit_ms
         for bucket in buckets:
+            self._looks += self._n_members * (len(bucket.by_item) + len(bucket.by_rule))
+            if self._looks > _MOST_LOOKS:
+                return False
             if bucket.by_item:
                 n_sums = self._read_sums(w, kind, wire, bucket.event_types)
                 weight = self._weight(n_sums, at_ms)
@@ -722,9 +755,13 @@ class Patcher:
                         later_ms = self._crossing_ms(n_sums, rule.log_exit_weight)
                         if later_ms > max(exit_ms_of[k], new_exit_ms[k]):
                             new_exit_ms[k] = later_ms
-                    elif weight >= min(rule.enter_least, rule.exit_weight) and rule not in candidates:
+                    elif weight >= min(rule.enter_least, rule.exit_weight) and rule.position not in seen:
+                        seen.add(rule.position)
                         candidates.append(rule)
             for rule in bucket.by_rule:
+                if rule.position in seen:
+                    continue
+                seen.add(rule.position)
                 if not self._is_simple[rule.position]:
                     return False
                 weight, later_ms = self._standing(w, at_ms, rule)
@@ -732,7 +769,7 @@ class Patcher:
                 if k >= 0 and exit_ms_of[k] != _NOT_IN:
                     if later_ms > max(exit_ms_of[k], new_exit_ms[k]):
                         new_exit_ms[k] = later_ms
-                elif weight >= rule.enter_least and rule not in candidates:
+                elif weight >= rule.enter_least:
                     candidates.append(rule)
         return True
 

@@ -50,13 +50,14 @@ class StepResult:
     Parameters
     ----------
     profiles
-        Maps user id to the profile after the slice, for those that differ from what was given.
+        Maps user id to the profile after the slice, for those that differ from what was given and are not
+        in `Packed.stored`.
     transitions
         In the order of the log.
     stream_time_ms
         S after the slice, `None` while no valid record has been seen.
     applied
-        The records that were no duplicates, in the order of the log.
+        The records that were no duplicates, in the order of the log; not those of users in `Packed.stored`.
     """
 
     profiles: dict[str, Profile]

@@ -10,11 +10,11 @@ from librt.strings import BytesWriter, read_f64_be, read_i64_be, write_f64_be, w
 from mypy_extensions import i64, u8
 
 __all__ = [
-    "FLOAT64",
     "NIL",
     "after_int",
     "after_sums",
     "after_text",
+    "check_sum",
     "find_sum",
     "first_key",
     "is_field",
@@ -159,14 +159,19 @@ def write_map_size(out: BytesWriter, size: i64) -> None:
         out.append(u8(size & 0xFF))
 
 
+def check_sum(b: bytes, i: i64) -> None:
+    """Refuse what is not a finite number of 64 bits."""
+    if b[i] != FLOAT64 or ((b[i + 1] & 0x7F) == 0x7F and b[i + 2] >= 0xF0):
+        raise IndexError
+
+
 def after_sums(b: bytes, at: i64) -> i64:
     """Return where a map of name to sum ends."""
     size = map_size(b, at)
     i = first_key(b, at)
     while size > 0:
         i = after_text(b, i)
-        if b[i] != FLOAT64:
-            raise IndexError
+        check_sum(b, i)
         i += 9
         size -= 1
     return i

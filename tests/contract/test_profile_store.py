@@ -22,6 +22,7 @@ import redis
 from redis.crc import key_slot
 
 from stream_app.adapters import profile_store
+from stream_app.adapters.profile_cache import ProfileCache
 from stream_app.adapters.profile_store import (
     OUTBOX_PAGE,
     Claim,
@@ -851,6 +852,16 @@ async def test_a_profile_that_cannot_be_read_stops_the_worker_with_what_to_do(
     raw.set("sa:{0}:profile:u1", b"not a profile")
     with pytest.raises(StartRefused, match=r"partition 0, keys sa:\{0\}:profile:\*.*`stream-app rebuild`"):
         await store.load(0, ["u1"])
+
+
+async def test_profiles_come_in_the_order_asked_for_whoever_is_kept(store: ProfileStore, raw: Any) -> None:
+    users = ["u3", "u1", "u2", "nobody", "u4"]
+    blobs = {user: user.encode() for user in users if user != "nobody"}
+    for user in ("u3", "u2"):
+        raw.set(f"sa:{{0}}:profile:{user}", blobs[user])
+    cache = ProfileCache(1_000)
+    cache.put_all({user: blobs[user] for user in ("u1", "u4")})
+    assert list((await store.read(0, users, cache)).items()) == list(blobs.items())
 
 
 async def test_nobody_to_load_asks_nothing() -> None:
