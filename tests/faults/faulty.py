@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import aiokafka
+import msgspec
 from aiokafka.producer.sender import SendProduceReqHandler
 
 from stream_app import app
@@ -341,7 +342,8 @@ def _renamed(real: Callable[..., AsyncIterator[list[bytes]]]) -> Callable[..., A
             return blob
         new = f"{said['id']} again"
         headers = tuple((name, new.encode() if name == "ce_id" else value) for name, value in message.headers)
-        return replace(message, value=json.dumps({**said, "id": new}).encode(), headers=headers).pack()
+        value = json.dumps({**said, "id": new}).encode()
+        return msgspec.structs.replace(message, value=value, headers=headers).pack()
 
     @functools.wraps(real)
     async def renamed(*args: Any) -> AsyncIterator[list[bytes]]:
