@@ -70,7 +70,7 @@ QUICK_DEFAULT: Final = {
 EXTRAS: Final[Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]]] = {
     "latency": (
         "From event to transition",
-        {"warm_s": 5.0, "seconds": 20.0},
+        {"warm_s": 30.0, "seconds": 20.0},
         {"warm_s": 3.0, "seconds": 5.0, "contestants": ("model off",)},
     ),
     "exits": ("Exits by decay", {}, {"users": 10_000, "spread_s": 6.0}),
