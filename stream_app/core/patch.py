@@ -1,8 +1,9 @@
 """The common event, applied to the stored form of a profile itself.
 
-Decides nothing of its own: what `Patcher.apply` leaves behind is, to the byte, what `profile.unpack`,
-`Fold.apply` and `profile.pack` would have made. It must know their rules, and leave to them every event that
-asks for more than moving numbers and letting a user in or out (see `Patcher`).
+Decides nothing of its own: what `Patcher.apply` leaves behind of a profile that `profile.pack` wrote is, to
+the byte, what `profile.unpack`, `Fold.apply` and `profile.pack` would have made. It must know their rules,
+and leave to them every event that asks for more than moving numbers and letting a user in or out (see
+`Patcher`).
 
 Why there is a second way at all: an event changes a handful of numbers among some forty keys of a profile,
 and most of its cost was to make objects of all of them, and bytes again. Compiled by mypyc, with numbers and
@@ -64,13 +65,17 @@ UNCHANGED: Final = 1
 CHANGED: Final = 2
 
 _MAX_TYPES: Final = 15
-_MOST_WIRES: Final = 10_000
 _MOST_ITEMS: Final = 16
-_MOST_LOOKS: Final = 20_000
-"""Names of memberships that one event may be compared with; with more, dictionaries pay."""
+_FEWEST_LOOKS: Final = 2_000
+"""Names that one event may be compared with, and one more for every byte of the profile. One takes 3 to 12
+ns; to unpack, fold and pack takes 12 us and one more for about 100 bytes: with more, dictionaries pay."""
 _MOST_MEMBERS: Final = 0xFFFF
 _NOT_IN: Final = -1
 _LEAVES: Final = -2
+
+
+class _TooManyNamesError(Exception):
+    """The fold is faster."""
 
 
 @final
@@ -130,7 +135,7 @@ class Patcher:
     that the next-category model keeps, discovery segments included; the beginning of a new profile; event
     types that weigh nothing or that the user has not had yet; the landmark's moving; every 64th event, which
     drops what is faint, and all that comes near a cap; who enters and leaves segments that exclude, are
-    excluded or count very many items or types; and very many segments at once.
+    excluded or count very many items or types; and whatever compares more names than the fold takes time for.
 
     Parameters
     ----------
@@ -189,7 +194,6 @@ class Patcher:
         ]
         named = fold.segments.named_labels | fold.segments.named_assets | fold.segments.named_types
         self._named = {name: packed_text(name) for name in (*named, *fold.weights.event_types)}
-        self._wires: dict[str, bytes] = {}
         self._looks: i64 = 0
         self._candidates: list[Rule] = []
         self._default_half_life_ms = fold.weights.default_half_life_ms
@@ -263,7 +267,10 @@ class Patcher:
             ):
                 return LEFT
             return self._apply(stored, event, at_ms, offset, transitions)
-        except IndexError:  # bytes that end early; unpacking says what is wrong with them
+        except (
+            IndexError,
+            _TooManyNamesError,
+        ):  # bytes may end early; unpacking says what is wrong with them
             return LEFT
 
     def expire(self, stored: Stored, until_ms: int, transitions: list[Transition]) -> int:
@@ -289,7 +296,7 @@ class Patcher:
             if self._first_exit_ms > until_ms:
                 return UNCHANGED
             return CHANGED if self._expire(stored, until_ms, transitions) else LEFT
-        except IndexError:
+        except (IndexError, _TooManyNamesError):
             return LEFT
 
     def _read(self, b: bytes) -> bool:
@@ -361,6 +368,7 @@ class Patcher:
             i = after_int(b, i + 2)
         self._last_end = i
         size = len(b)
+        self._looks = _FEWEST_LOOKS + size
         return (
             is_field(b, i, 0x64)
             and after_text(b, i + 2) == size
@@ -531,12 +539,12 @@ class Patcher:
         out.write(b[: total_at[own]])
         write_f64_be(out, read_f64_be(b, total_at[own]) + amount)
         wires = [self._wire(label) for label in labels]
+        self._look(len(wires) * map_size(b, labels_at[own]))
         write_sums(out, b, labels_at[own], assets_at[own], wires, amount)
         labels_grown = i64(len(out)) - assets_at[own]
         wires = []
         if asset_id is not None:
-            # Not kept: there may be as many as there are events.
-            wires.append(self._named.get(asset_id) or packed_text(asset_id))
+            wires.append(self._wire(asset_id))
         write_sums(out, b, assets_at[own], after_own, wires, amount)
         grown = i64(len(out)) - after_own
         out.write(b[after_own : self._members_at])
@@ -555,7 +563,6 @@ class Patcher:
         candidates: list[Rule] = []
         self._candidates = candidates
         seen: set[int] = set()
-        self._looks = 0
         counted = self._by_type.get(event_type)
         index = self._any_type
         while True:
@@ -695,13 +702,8 @@ class Patcher:
         return CHANGED
 
     def _wire(self, text: str) -> bytes:
-        """Return a string as it stands in a profile."""
-        found = self._named.get(text) or self._wires.get(text)
-        if found is None:
-            if len(self._wires) >= _MOST_WIRES:
-                self._wires.clear()
-            found = self._wires[text] = packed_text(text)
-        return found
+        """Return a string as it stands in a profile; what definitions name is known, for half the price."""
+        return self._named.get(text) or packed_text(text)
 
     def _read_half_lives(self, b: bytes) -> None:
         """Note the half-lives of the event types of the profile in hand."""
@@ -712,11 +714,18 @@ class Patcher:
             half_lives_ms[t] = self._own_half_lives.get(name, self._default_half_life_ms)
             t += 1
 
+    def _look(self, names: i64) -> None:
+        """Account for names that are about to be compared."""
+        self._looks -= names
+        if self._looks < 0:
+            raise _TooManyNamesError
+
     def _member(self, b: bytes, rule: Rule) -> i64:
         """Return which membership is a segment's, -1 if the user was never in it."""
         wire = self._ids[rule.position]
         member_at, seq_at = self._member_at, self._seq_at
         n_members = self._n_members
+        self._look(n_members)
         k: i64 = 0
         while k < n_members:
             # One byte, that of the pair, stands between name and seq.
@@ -743,9 +752,6 @@ class Patcher:
         wire = self._wire(item)
         exit_ms_of, new_exit_ms = self._exit_ms, self._new_exit_ms
         for bucket in buckets:
-            self._looks += self._n_members * (len(bucket.by_item) + len(bucket.by_rule))
-            if self._looks > _MOST_LOOKS:
-                return False
             if bucket.by_item:
                 n_sums = self._read_sums(w, kind, wire, bucket.event_types)
                 weight = self._weight(n_sums, at_ms)
@@ -827,7 +833,9 @@ class Patcher:
         if kind == "type":
             at = self._total_at[t]
         else:
-            at = find_sum(w, self._labels_at[t] if kind == "label" else self._assets_at[t], wire)
+            at = self._labels_at[t] if kind == "label" else self._assets_at[t]
+            self._look(map_size(w, at))
+            at = find_sum(w, at, wire)
             if at < 0:
                 return n
         amount = read_f64_be(w, at)
