@@ -13,6 +13,7 @@ at worst.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,12 +30,16 @@ from stream_app.errors import StartRefused, StreamAppError
 
 __all__ = ["Health", "serve_http"]
 
+logger = logging.getLogger(__name__)
+
 #: A coordinator that moves, or a partition that waits for the log, is given this long. More than Redis may
 #: take for an answer: a partition that waits for one is held next.
 PATIENCE_S: Final = 6.0
 #: A claim asks Kafka several times; each answer may take 15 s.
 CLAIM_PATIENCE_S: Final = 60.0
 LOOK_EVERY_S: Final = 1.0
+#: A group that rebalances takes seconds. A worker that waits longer for an assignment says so, each time.
+UNASSIGNED_S: Final = 45.0
 
 
 @dataclass(slots=True)
@@ -50,6 +55,7 @@ class Health:
     _readable: dict[int, int] = field(default_factory=dict)
     _coordinator_seen_s: float = 0.0
     _looked_s: float | None = None
+    _told_s: float = 0.0
 
     def problems(self) -> list[str]:
         """Say why the worker should be restarted; empty while it should not."""
@@ -86,7 +92,7 @@ class Health:
 
     async def watch(self) -> None:
         """Look at coordinator, lag and progress, until cancelled."""
-        self._looked_s = self._coordinator_seen_s = self.monotonic_s()
+        self._looked_s = self._coordinator_seen_s = self._told_s = self.monotonic_s()
         await asyncio.gather(self._watch_coordinator(), self._watch_partitions())
 
     async def _watch_coordinator(self) -> None:
@@ -98,6 +104,7 @@ class Health:
     async def _watch_partitions(self) -> None:
         while True:
             self._looked_s = self.monotonic_s()
+            self.tell_if_unassigned()
             tasks = list(self.assignment)
             self.metrics.partitions.set(sum(task.is_serving for task in tasks))
             for gone in self._well_s.keys() - {task.partition for task in tasks}:
@@ -106,6 +113,18 @@ class Health:
                 self.metrics.lag.remove(str(gone))
             await asyncio.gather(*map(self._look_at, tasks))
             await asyncio.sleep(LOOK_EVERY_S)
+
+    def tell_if_unassigned(self) -> None:
+        """Warn of a group that gives this worker nothing, not even an empty assignment."""
+        now_s = self.monotonic_s()
+        if not self.assignment.was_assigned and now_s - self._told_s >= UNASSIGNED_S:
+            self._told_s = now_s
+            logger.warning(
+                "expected the group to assign partitions or none, got nothing for %.0f s: another member may "
+                "keep it rebalancing. A group of `stream-app services` can be stuck for good: stop all "
+                "workers and start the services anew",
+                UNASSIGNED_S,
+            )
 
     async def _look_at(self, task: PartitionTask) -> None:
         """Take note of a partition's lag, and of whether it stands still for a good reason."""

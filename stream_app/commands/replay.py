@@ -124,7 +124,9 @@ def replay(
 
     FILE is JSON, one event a line, gzipped or not; "-" is standard input. Each event goes to the partition
     of its user_id, byte for byte as it is; one without event_id gets "<file name>-<line number>"
-    ("stdin-<line number>"). Whether an event is valid is for the worker to say. Only a line without a
+    ("stdin-<line number>"), so that sending a file again adds nothing; two inputs of one name, and standard
+    input that begins anew, give the same ids to other events, which are then taken for repeats: give events
+    ids of their own there. Whether an event is valid is for the worker to say. Only a line without a
     readable user_id is refused here, since nobody knows which partition it belongs in; it is counted, and
     named at the end.
 

@@ -144,7 +144,7 @@ def _predicted(segment: Segment, figures: Mapping[str, float] | None) -> str:
     return f"hit@10 {figures['hit@10']:.3f}, MRR {figures['mrr']:.3f} of {figures['examples']:,.0f}"
 
 
-@segments.command(epilog=closing("stream-app segments members snackers --limit 20"))
+@segments.command(epilog=closing("stream-app segments members snack-lovers --limit 20"))
 @click.argument("segment_id", metavar="ID")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Members at most (default: all).")
 @json_output

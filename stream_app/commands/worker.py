@@ -44,7 +44,7 @@ PORT_SETTING: Final = "STREAM_APP__WORKER__HTTP_PORT"
     type=click.IntRange(1, MOST_PROCESSES),
     default=1,
     show_default=True,
-    help="Run so many workers: at most as many as partitions, and no more than cores. When one fails, all "
+    help="Run so many workers; more than partitions or cores are of no use. When one fails, all "
     "end. The second and later ones listen on the ports after worker.http_port.",
 )
 @configured

@@ -66,7 +66,8 @@ def main(
     Fill it first, then ask while nothing or a worker runs, for instance:
 
     \b
-      eval "$(stream-app services)"                  # or name a Redis in STREAM_APP__REDIS__URL
+      stream-app services > services.env &           # or name a Redis in STREAM_APP__REDIS__URL
+      sleep 10 && . ./services.env
       stream-app topics && stream-app replay FILE    # and stream-app worker, in another terminal
       python -m tests.bench.lookup_load --seconds 20
       stream-app replay FILE --rate N &              # half of what the worker can do
