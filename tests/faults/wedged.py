@@ -26,14 +26,14 @@ def arrange() -> None:
     """Wrap the real functions and wait for the signals."""
     is_wedged = False
     coordinators: list[GroupCoordinator] = []
-    load, init = ProfileStore.load, GroupCoordinator.__init__
+    read, init = ProfileStore.read, GroupCoordinator.__init__
 
-    @functools.wraps(load)
+    @functools.wraps(read)
     async def wedged(*args: Any, **kwargs: Any) -> Any:
-        loaded = await load(*args, **kwargs)
+        packed = await read(*args, **kwargs)
         while is_wedged:  # noqa: ASYNC110 - a signal's handler has no event loop to tell
             await asyncio.sleep(LOOK_EVERY_S)
-        return loaded
+        return packed
 
     @functools.wraps(init)
     def known(coordinator: GroupCoordinator, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +50,7 @@ def arrange() -> None:
             task.get_loop().call_soon_threadsafe(task.cancel)
 
     vars_of: Any = ProfileStore
-    vars_of.load = wedged
+    vars_of.read = wedged
     vars_of = GroupCoordinator
     vars_of.__init__ = known
     signal.signal(WEDGE, toggle)
