@@ -7,7 +7,7 @@ and leave to them every event that asks for more than moving numbers and letting
 
 Why there is a second way at all: an event changes a handful of numbers among some forty keys of a profile,
 and most of its cost was to make objects of all of them, and bytes again. Compiled by mypyc, with numbers and
-arrays of the machine, an event takes 3 to 4 us here, 13 to 15 there, and a worker 24 instead of 40 in all;
+arrays of the machine, an event takes 3 to 4 us here, 13 to 15 there, and a worker 23 instead of 40 in all;
 interpreted it would take longer than there, so it is not used (`COMPILED`).
 """
 

@@ -280,6 +280,7 @@ def test_many_segments_of_one_label_are_entered_as_by_the_fold(count: int) -> No
             assert stored.blob == pack(plain)
     # Where so many names are to be compared, the fold is faster.
     assert (LEFT in outcomes) == (count > 16)
+    assert outcomes[0] == CHANGED
 
 
 @pytest.mark.parametrize("match", ["any", "all"])
@@ -358,16 +359,17 @@ def test_names_of_all_lengths_and_early_instants_are_stored_as_by_the_fold(seed:
         stored = Stored("u", blob)
         transitions: list[Transition] = []
         outcome = patcher.apply(stored, event, now_ms, number, transitions) if blob else LEFT
-        if outcome == LEFT and transitions:
-            # What was due has happened; the fold goes on from there.
-            plain = unpack("u", stored.blob)
-        plain, expected = fold.apply(plain, event, now_ms, number)
         if outcome == LEFT:
-            blob = pack(plain)
-            continue
-        patched += 1
+            # What was due may have happened; the fold goes on from there.
+            left = unpack("u", stored.blob) if stored.blob else None
+            left, rest = fold.apply(left, event, now_ms, number)
+            transitions += rest
+            blob = pack(left)
+        else:
+            patched += 1
+            blob = stored.blob
+        plain, expected = fold.apply(plain, event, now_ms, number)
         assert transitions == expected
-        blob = stored.blob
         assert blob == pack(plain)
     assert patched > 20
 
